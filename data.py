@@ -1,0 +1,470 @@
+"""Tracklets: person crops that a tracker cut out of videos, as files on disk and as arrays in memory (paper, section 3.1).
+
+The index and its reader, labels in the CION-AL annotation format, decoding to a canvas, the identity sampler, and *walkers*,
+a synthetic set of tracklets whose true identities are known.
+
+Read first: `read_tracklets`, `sample_identities`, `draw_walkers`.
+"""
+import json
+import math
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg, read_file
+
+# ---------------------------------------------------------------- index
+
+
+class Tracklets:
+    """N images of T tracklets in V videos, held in arrays sorted by (video, track, frame, detection).
+
+    root: folder all paths are relative to. folders: V strings. name: file names, bytes (N,). video, track (dense, unique over
+    all videos), frame: int64 (N,).
+    """
+
+    def __init__(self, root, folders: list[str], name, video, track, frame):
+        self.root, self.folders = Path(root), folders
+        self.name, self.video, self.track, self.frame = name, video, track, frame
+
+    def __len__(self) -> int:
+        return len(self.name)
+
+    def path(self, i: int) -> str:
+        """Path of image i relative to the root, with forward slashes."""
+        return os.path.join(self.folders[self.video[i]], os.fsdecode(self.name[i]))
+
+    def paths(self) -> np.ndarray:
+        """All relative paths as bytes (N,)."""
+        folders = np.array([os.fsencode(os.path.join(folder, "")) for folder in self.folders])
+        return np.char.add(folders[self.video], self.name)
+
+    def __str__(self) -> str:
+        return f"{len(self.folders):,} videos, {self.track[-1] + 1:,} tracklets, {len(self):,} images"
+
+
+FILE_NAME = re.compile(rb"(\d+)_(\d+)_(\d+)\.jpe?g", re.IGNORECASE)  # <track:06d>_<frame:07d>_<det:02d>.jpg
+
+
+def read_tracklets(root) -> Tracklets:
+    """Index the JPEG files below a folder in LUPerson-NL's layout, <anything>/<video>/<track>_<frame>_<det>.jpg.
+
+    A folder that holds JPEGs is a video; videos are ordered by path. Files of other types are left alone.
+    Raises ValueError for a missing or empty folder, and for JPEGs whose names are not of that form.
+    """
+    if not os.path.isdir(root):
+        raise ValueError(f"{root}: no such folder; expected tracklets as <video>/<track>_<frame>_<det>.jpg below it")
+    folders, columns, wrong = [], [], []
+    for folder, _, files in sorted(os.walk(root, followlinks=True)):
+        names = sorted(os.fsencode(file) for file in files if file.lower().endswith((".jpg", ".jpeg")))
+        matches = [FILE_NAME.fullmatch(name) for name in names]
+        wrong += [os.path.join(folder, os.fsdecode(name)) for name, match in zip(names, matches) if not match]
+        if names and all(matches):
+            numbers = np.array([match.groups() for match in matches]).astype(np.int64)  # (n, 3)
+            order = np.lexsort(numbers.T[::-1])
+            columns.append((np.full(len(names), len(folders)), np.array(names)[order], numbers[order]))
+            folders.append("" if folder == str(root) else os.path.relpath(folder, root))
+    if wrong:
+        raise ValueError(
+            f"{root}: {len(wrong):,} JPEG names are not <track>_<frame>_<det>.jpg (three numbers), the first: {', '.join(wrong[:3])}"
+        )
+    if not folders:
+        raise ValueError(f"{root}: no JPEG files; expected <video>/<track>_<frame>_<det>.jpg below it")
+    video, name, numbers = (np.concatenate(column) for column in zip(*columns))
+    new = np.ones(len(name), bool)  # rows are sorted, so a tracklet starts where the video or the track number changes
+    new[1:] = (video[1:] != video[:-1]) | (numbers[1:, 0] != numbers[:-1, 0])
+    return Tracklets(root, folders, name, video.astype(np.int64), np.cumsum(new) - 1, numbers[:, 1].copy())
+
+
+def find_splits(root) -> tuple[Path, Path | None]:
+    """The folders to train on and to test on: root/train and root/test where both are there, else all of root and None."""
+    root = Path(root)
+    both = (root / "train").is_dir() and (root / "test").is_dir()
+    return (root / "train", root / "test") if both else (root, None)
+
+
+# ---------------------------------------------------------------- labels
+
+
+def write_labels(file, tracklets: Tracklets, labels: np.ndarray) -> None:
+    """Write labels int64 (N,), -1 for images in no identity, as a CION-AL annotation: a JSON list of file_path and id,
+    sorted by id, ids contiguous from 1. Streams; the file appears whole or not at all."""
+    rows = np.flatnonzero(labels >= 0)
+    ids = np.unique(labels[rows], return_inverse=True)[1] + 1
+    order = np.argsort(ids, kind="stable")
+    with replacing(file) as temporary, open(temporary, "w") as out:
+        out.write("[")
+        for n, (row, identity) in enumerate(zip(rows[order], ids[order])):
+            out.write((",\n" if n else "\n") + json.dumps({"file_path": tracklets.path(row), "id": int(identity)}))
+        out.write("\n]\n")
+
+
+def read_labels(file, tracklets: Tracklets) -> np.ndarray:
+    """Labels int64 (N,) from a CION-AL annotation: id - 1, and -1 for images that it does not name.
+
+    Raises ValueError for anything but that format, for paths that leave the root, that are not in the index, or come twice.
+    """
+    try:
+        entries = json.loads(Path(file).read_bytes())
+        paths = np.array([os.fsencode(entry["file_path"]) for entry in entries])
+        ids = [entry["id"] for entry in entries]
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f'{file}: expected a JSON list of {{"file_path": ..., "id": ...}}; {error!r}') from None
+    if not entries or any(type(i) is not int or i < 1 for i in ids):
+        raise ValueError(f"{file}: expected at least one entry and ids that are whole numbers from 1; got {ids[:3]}")
+    outside = [p for p in paths if os.path.isabs(p) or b".." in p.split(b"/")]
+    if outside:
+        raise ValueError(f"{file}: {len(outside):,} paths leave the root {tracklets.root}, the first: {os.fsdecode(outside[0])}")
+    known = tracklets.paths()
+    order = np.argsort(known)
+    place = order[np.searchsorted(known, paths, sorter=order).clip(max=len(known) - 1)]
+    missing = np.flatnonzero(known[place] != paths)
+    if len(missing):
+        raise ValueError(
+            f"{file}: {len(missing):,} of {len(paths):,} files are not among the images of {tracklets.root}, "
+            f"the first: {os.fsdecode(paths[missing[0]])}"
+        )
+    if len(np.unique(place)) < len(place):
+        raise ValueError(f"{file}: some file is named more than once")
+    labels = np.full(len(tracklets), -1, np.int64)
+    labels[place] = np.array(ids) - 1
+    return labels
+
+
+class replacing:
+    """A temporary file beside `file`, moved over it when the block ends well: readers never see half of it."""
+
+    def __init__(self, file):
+        self.file = Path(file)
+        self.temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+
+    def __enter__(self) -> Path:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        return self.temporary
+
+    def __exit__(self, error, *_) -> None:
+        if error is None:
+            with open(self.temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(self.temporary, self.file)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- pixels
+
+
+class Images(Dataset):
+    """Images of an index, decoded and resized to one canvas (height, width): i -> (uint8 (3, H, W), readable).
+
+    A file that cannot be read comes as black and not readable, so that one broken JPEG in ten million stops nothing.
+    """
+
+    def __init__(self, tracklets: Tracklets, canvas: tuple[int, int]):
+        self.tracklets, self.canvas = tracklets, canvas
+
+    def __len__(self) -> int:
+        return len(self.tracklets)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, bool]:
+        try:
+            image = decode_jpeg(read_file(str(self.tracklets.root / self.tracklets.path(i))), ImageReadMode.RGB)
+        except (RuntimeError, OSError):
+            return torch.zeros(3, *self.canvas, dtype=torch.uint8), False
+        if image.shape[1:] != self.canvas:
+            image = F.interpolate(image[None].float(), self.canvas, mode="bilinear", antialias=True)[0].round().byte()
+        return image, True
+
+
+def ignore_signals(_=None) -> None:
+    """Loader workers leave Ctrl-C and SIGTERM to the process that feeds them, which has a checkpoint to write."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def load_batches(tracklets: Tracklets, batches, canvas: tuple[int, int], workers: int = 0) -> DataLoader:
+    """Iterate over (uint8 images (B, 3, H, W), readable bool (B,)) for a list of index arrays, each one batch."""
+    return DataLoader(
+        Images(tracklets, canvas), batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_signals, prefetch_factor=4 if workers else None,
+    )  # fmt: skip
+
+
+def check_readable(tracklets: Tracklets, sample: int = 1000) -> None:
+    """Decode an even sample of the images before a long run. Raises ValueError if more than 1% cannot be read."""
+    rows = np.linspace(0, len(tracklets) - 1, min(sample, len(tracklets))).astype(np.int64)
+    images = Images(tracklets, (8, 8))
+    refuse_unreadable(tracklets, [i for i in rows if not images[i][1]], len(rows))
+
+
+def refuse_unreadable(tracklets: Tracklets, bad, seen: int) -> None:
+    """Raise ValueError if the unreadable images, given by their indices, are more than 1% of those seen."""
+    if len(bad) > 0.01 * seen:
+        files = ", ".join(str(tracklets.root / tracklets.path(i)) for i in list(bad)[:3])
+        raise ValueError(f"{len(bad):,} of {seen:,} images cannot be read as JPEG (more than 1%), the first: {files}")
+
+
+def replace_unreadable(images: Tensor, readable: Tensor, K: int) -> Tensor:
+    """Put another image of the same identity, or else of the batch, in the place of unreadable ones. (B, 3, H, W)."""
+    for b in (~readable).nonzero()[:, 0].tolist():
+        same = range(b // K * K, b // K * K + K)
+        substitute = next((i for i in same if readable[i]), int(readable.float().argmax()))
+        images[b] = images[substitute]
+    return images
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def sample_identities(labels: np.ndarray, K: int, batch: int, seed: int, epoch: int) -> np.ndarray:
+    """The batches of one epoch: image indices (steps, batch), K images of each identity contiguous. Pure in its arguments.
+
+    Every identity's images are shuffled and cut into groups of K, the remainder left for another epoch's shuffle; an identity
+    with fewer than K images repeats them. Groups are shuffled into batches, the last incomplete batch is dropped. Rank r of w
+    takes columns r * batch/w to (r + 1) * batch/w, so identities are not split and the union is the same for any w.
+    Images with label -1 are left out. Raises ValueError where K does not divide the batch or the identities fill no batch.
+    """
+    if batch % K:
+        raise ValueError(f"a batch of {batch} images cannot hold K={K} of each identity; K must divide it")
+    random = np.random.default_rng([seed, epoch])
+    images = np.flatnonzero(labels >= 0)
+    images = images[np.lexsort((random.random(len(images)), labels[images]))]  # by identity, shuffled within
+    _, start, count = np.unique(labels[images], return_index=True, return_counts=True)
+    groups = np.maximum(count // K, 1)
+    which = np.repeat(np.arange(len(count)), groups)  # the identity of each group
+    nth = np.arange(len(which)) - np.repeat(np.cumsum(groups) - groups, groups)  # its number within the identity
+    slot = (nth[:, None] * K + np.arange(K)) % count[which, None]  # (groups, K), wraps around for short identities
+    table = images[start[which, None] + slot]
+    steps = len(table) * K // batch
+    if steps == 0:
+        raise ValueError(f"{len(count):,} identities give {len(table):,} groups of K={K}, fewer than the {batch // K} of one batch")
+    return random.permutation(table)[: steps * batch // K].reshape(steps, batch)
+
+
+# ---------------------------------------------------------------- walkers: drawn people whose identities are known
+
+HEIGHT, WIDTH = 128, 64
+
+
+def draw_walkers(root, seed: int = 0, people: int = 100, videos: int = 48, held_out: int = 60, chunk: int = 32) -> None:
+    """Draw a set of tracklets into root: train/ and test/ in LUPerson-NL's layout, their truth in train.json and test.json.
+
+    The people and videos of test/ are others than those of train/; test/ holds fewer frames of each and no identity switches.
+    Deterministic in the arguments. Draws beside the root, then renames. Raises ValueError if the root exists.
+    """
+    root = Path(root)
+    if root.exists():
+        raise ValueError(f"{root}: exists already; delete it to draw walkers there anew")
+    beside = root.with_name(f".{root.name}.{os.getpid()}")
+    try:
+        for split, n, v, frames in (("train", people, videos, (14, 24)), ("test", held_out, max(2, videos // 2), (6, 10))):
+            random = np.random.default_rng([seed, split == "test"])
+            looks, cameras, boxes = draw_looks(random, n), draw_cameras(random, v), track_people(random, n, v, frames, split == "train")
+            for start in range(0, len(boxes["video"]), chunk):
+                part = {key: value[start : start + chunk] for key, value in boxes.items()}
+                images = torch.from_numpy(draw_boxes(random, looks, cameras, part))
+                for image, video, track, frame in zip(images, part["video"], part["track"], part["frame"]):
+                    file = beside / split / f"video_{video:03d}" / f"{track:06d}_{frame:07d}_00.jpg"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(encode_jpeg(image, quality=90).numpy().tobytes())
+            tracklets = read_tracklets(beside / split)
+            order = np.lexsort((boxes["frame"], boxes["track"], boxes["video"]))
+            write_labels(beside / f"{split}.json", tracklets, boxes["person"][order])
+        os.replace(beside, root)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def track_people(random, people: int, videos: int, frames: tuple[int, int], switches: bool) -> dict[str, np.ndarray]:
+    """Who walks where and what the tracker makes of it: one row a box, arrays video, person (-1 for a false box), track,
+    frame, heading (radians, 0 faces the camera), phase (gait) and place (along the video's scene)."""
+    rows = []
+    here = [[] for _ in range(videos)]
+    for person in range(people):  # in 2 to 4 videos, not far apart in time
+        near = random.integers(videos) + np.arange(-6, 7)
+        near = near[(near >= 0) & (near < videos)]
+        for video in random.choice(near, min(len(near), random.integers(2, 5)), replace=False):
+            here[video].append(person)
+    for video, crowd in enumerate(here):
+        tracks = 0
+        walks = []  # ticks, person, track of every box; tracker faults below change the tracks
+        for person in crowd:
+            n = random.integers(frames[0], frames[1] + 1)
+            tick = random.integers(0, 2 * frames[1]) + np.arange(n)
+            walks.append({"tick": tick, "person": np.full(n, person), "track": np.full(n, tracks)})
+            tracks += 1
+        walks.sort(key=lambda walk: walk["tick"][0])
+        for a, b in zip(walks[::2], walks[1::2]) if switches else ():  # identity switch: two tracks go on as each other
+            low, high = max(a["tick"][0], b["tick"][0]) + 3, min(a["tick"][-1], b["tick"][-1]) - 3
+            if low < high and random.random() < 0.65:
+                at = random.integers(low, high)
+                a_track, b_track = a["track"][0], b["track"][0]
+                a["track"][a["tick"] >= at], b["track"][b["tick"] >= at] = b_track, a_track
+        for walk in walks:  # fragmentation: the tracker loses the person for a frame or two and starts anew
+            n = len(walk["tick"])
+            if random.random() < 0.5:
+                cut, gap = random.integers(n // 4, n - n // 4), random.integers(0, 3)
+                walk["track"][cut:] = tracks + (walk["track"][cut:] != walk["track"][cut])
+                tracks += 2
+                for key in walk:
+                    walk[key] = np.delete(walk[key], np.arange(cut, cut + gap))
+        for walk in walks:
+            n, t = len(walk["tick"]), walk["tick"] - walk["tick"][0]
+            walk["heading"] = random.uniform(-math.pi, math.pi) + random.uniform(-1.2, 1.2) * t / n
+            walk["phase"] = random.uniform(0, 2 * math.pi) + random.uniform(0.8, 1.4) * t
+            walk["place"] = random.uniform(0, 1) + random.uniform(0.01, 0.04) * t * random.choice([-1, 1])
+            walk["person"][random.random(n) < 0.02] = -1  # the box missed
+        for _ in range(random.integers(0, 3)):  # false tracklets: no person at all
+            n = random.integers(3, 8)
+            tick, drift = random.integers(0, 2 * frames[1]) + np.arange(n), random.uniform(0, 1) + np.zeros(n)
+            walks.append({"tick": tick, "person": np.full(n, -1), "track": np.full(n, tracks), "heading": drift, "phase": drift, "place": drift})
+            tracks += 1
+        for walk in walks:
+            rows.append(walk | {"video": np.full(len(walk["tick"]), video)})
+    boxes = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
+    boxes["frame"] = boxes.pop("tick") * 5
+    return boxes
+
+
+def draw_looks(random, people: int) -> dict[str, np.ndarray]:
+    """What a person looks like, one row a person: build, colours (people, 3), patterns, clothes, bag."""
+    colour = lambda low=0.03, high=0.97: random.uniform(low, high, (people, 3)).astype(np.float32)
+    skin = np.float32([0.93, 0.76, 0.65]) * random.uniform(0.35, 1.05, (people, 1)).astype(np.float32)
+    hair = np.float32([0.5, 0.35, 0.2]) * random.uniform(0.1, 1.6, (people, 1)).astype(np.float32)
+    return {
+        "girth": random.uniform(0.8, 1.25, people), "tall": random.uniform(0.9, 1.06, people),
+        "skin": skin, "hair": hair, "long_hair": random.random(people) < 0.4,
+        "top": colour(), "top_pattern": colour(), "back": colour(), "bottom": colour(0.03, 0.8), "shoes": colour(),
+        "stripes": random.integers(0, 2, (people, 2)) * random.uniform(8, 22, (people, 2)),  # per body height, along x and y
+        "vest": random.random(people) < 0.4,  # the back of the top has a colour of its own
+        "sleeve": random.choice([0.45, 1.0], people), "leg": random.choice([0.5, 1.0], people, p=[0.3, 0.7]),
+        "skirt": random.random(people) < 0.25, "bag": random.integers(0, 3, people), "bag_colour": colour(),
+    }  # fmt: skip
+
+
+def draw_cameras(random, videos: int) -> dict[str, np.ndarray]:
+    """A colour gain and gamma for every video, and its scene: a wide picture (videos, 3, HEIGHT, 8 * WIDTH)."""
+    coarse = torch.from_numpy(random.uniform(0.1, 0.9, (videos, 3, 6, 24)).astype(np.float32))
+    fine = torch.from_numpy(random.uniform(-0.15, 0.15, (videos, 1, 32, 128)).astype(np.float32))
+    scene = sum(F.interpolate(texture, (HEIGHT, 8 * WIDTH), mode="bilinear") for texture in (coarse, fine))
+    return {
+        "gain": random.uniform(0.9, 1.08, (videos, 3)).astype(np.float32),
+        "gamma": random.uniform(0.85, 1.2, videos).astype(np.float32),
+        "scene": scene.clamp(0, 1).numpy(),
+    }
+
+
+def draw_boxes(random, looks: dict, cameras: dict, boxes: dict) -> np.ndarray:
+    """The crops of n boxes, uint8 (n, 3, HEIGHT, WIDTH)."""
+    n = len(boxes["video"])
+    uniform = lambda low, high, *shape: random.uniform(low, high, (n, *shape)).astype(np.float32)
+    look = {key: value[np.maximum(boxes["person"], 0)] for key, value in looks.items()}
+    image = draw_background(random, cameras["scene"], boxes)
+
+    # body coordinates: y from 0 (crown) to 1 (soles), x in body heights; the tracker's box is not exact
+    scale = uniform(0.82, 1.0) * look["tall"].astype(np.float32)
+    y = (np.arange(HEIGHT, dtype=np.float32) / HEIGHT - 0.5 - uniform(-0.04, 0.04, 1)) / scale[:, None] + 0.5  # (n, HEIGHT)
+    x = (np.arange(WIDTH, dtype=np.float32) / HEIGHT - 0.25 - uniform(-0.03, 0.03, 1)) / scale[:, None]  # (n, WIDTH)
+    draw_person(image, x[:, None, :], y[:, :, None], look, boxes, scale * HEIGHT, boxes["person"] >= 0)
+
+    low, aside = uniform(0.55, 0.9, 1), uniform(0.05, 0.2, 1)  # occluders: a block that enters from below, another from a side
+    for covered in (y > low)[:, :, None], (x * random.choice([-1, 1], (n, 1)) > aside)[:, None, :]:
+        covered = covered & (random.random((n, 1, 1)) < 0.15)
+        image = np.where(covered[:, None], uniform(0.1, 0.9, 3, 1, 1), image)
+
+    lit = np.linspace(0, 1, 256, dtype=np.float32) ** cameras["gamma"][:, None]  # gamma as a table, (videos, 256)
+    video = boxes["video"][:, None, None, None]
+    image = lit[video, (image * 255).astype(np.uint8)] * cameras["gain"][boxes["video"], :, None, None]
+    weight = uniform(0, 0.33, 1, 1, 1)  # blur along y, then x: three taps
+    for axis in (2, 3):
+        image = (1 - 2 * weight) * image + weight * (np.roll(image, 1, axis) + np.roll(image, -1, axis))
+    image += uniform(0.005, 0.03, 1, 1, 1) * random.standard_normal(image.shape, np.float32)
+    return (image.clip(0, 1) * 255).astype(np.uint8)
+
+
+def draw_background(random, scenes: np.ndarray, boxes: dict, own: float = 0.5) -> np.ndarray:
+    """The video's scene where the person walks, mixed with what differs from frame to frame (a share of 1 - own)."""
+    n = len(boxes["video"])
+    left = (boxes["place"] * scenes.shape[3]).astype(np.int64) + random.integers(-6, 7, n)
+    columns = (left[:, None] + np.arange(WIDTH)) % scenes.shape[3]  # (n, WIDTH)
+    scene = np.stack([scenes[video][:, :, column] for video, column in zip(boxes["video"], columns)])
+    clutter = torch.from_numpy(random.uniform(0, 1, (n, 3, 5, 3)).astype(np.float32))
+    return own * scene + (1 - own) * F.interpolate(clutter, (HEIGHT, WIDTH), mode="bilinear").numpy()
+
+
+def draw_person(image: np.ndarray, x: np.ndarray, y: np.ndarray, look: dict, boxes: dict, pixels: np.ndarray, visible: np.ndarray) -> None:
+    """Paint a person on each image (n, 3, HEIGHT, WIDTH), limb by limb, far side first.
+
+    x (n, 1, WIDTH) and y (n, HEIGHT, 1) are body coordinates, pixels (n,) the body's height in pixels, visible (n,) bool.
+    """
+    side, front = np.sin(boxes["heading"]), np.cos(boxes["heading"])  # side is 1 or -1 in profile, front is 1 facing the camera
+    girth = look["girth"] * (0.7 + 0.3 * np.abs(front))
+    swing = np.sin(boxes["phase"])
+    column = lambda value: np.broadcast_to(np.float32(value), len(x))[:, None, None]
+
+    def limb(ax, ay, bx, by, ra, rb, colour, stripes=None, shown=True):
+        """A capsule from (ax, ay) to (bx, by), of radius ra at one end and rb at the other, antialiased."""
+        ax, ay, bx, by, ra, rb = map(column, (ax, ay, bx, by, ra, rb))
+        near_y = (y > np.minimum(ay - ra, by - rb) - 0.01) & (y < np.maximum(ay + ra, by + rb) + 0.01)
+        near_x = (x > np.minimum(ax - ra, bx - rb) - 0.01) & (x < np.maximum(ax + ra, bx + rb) + 0.01)
+        rows, columns = np.flatnonzero(near_y.any((0, 2))), np.flatnonzero(near_x.any((0, 1)))
+        if not len(rows) or not len(columns):
+            return
+        window = np.s_[:, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        lx, ly = x[:, :, window[3]], y[:, window[2]]
+        px, py, dx, dy = lx - ax, ly - ay, bx - ax, by - ay
+        along = ((px * dx + py * dy) / (dx * dx + dy * dy + 1e-8)).clip(0, 1)
+        distance = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2) - (ra + along * (rb - ra))
+        alpha = (0.5 - distance * pixels[:, None, None]).clip(0, 1) * column(visible & shown)
+        colour = colour[:, :, None, None].astype(np.float32)
+        if stripes is not None:  # along x, along y, both (a check) or none
+            across, down, second = stripes
+            wave = np.sin(2 * np.pi * column(across / girth) * lx) + np.sin(2 * np.pi * column(down) * ly)
+            colour = np.where(wave[:, None] > 0, second[:, :, None, None], colour)
+        image[window] += alpha[:, None] * (colour - image[window])
+
+    facing = (front > 0)[:, None]
+    top = np.where(look["vest"][:, None] & ~facing, look["back"], look["top"])
+    sleeve = np.where(look["sleeve"][:, None] > 0.5, top, look["skin"])
+    shin = np.where(look["leg"][:, None] > 0.5, look["bottom"], look["skin"])
+    step = swing * (0.04 + 0.14 * np.abs(side))  # a step shows sideways
+
+    def arm(s):
+        shoulder, reach = s * 0.1 * girth * np.abs(front), -s * step * 0.8
+        elbow, hand = shoulder + reach * 0.5 + s * 0.015, shoulder + reach
+        limb(shoulder, 0.22, elbow, 0.36, 0.032 * girth, 0.026 * girth, top)
+        limb(elbow, 0.36, hand, 0.5, 0.026 * girth, 0.02 * girth, sleeve)
+        limb(hand, 0.51, hand, 0.52, 0.018, 0.018, look["skin"])
+
+    def leg(s):
+        hip, lift = s * 0.045 * girth * np.abs(front), 0.03 * np.maximum(0, s * np.cos(boxes["phase"]))
+        knee, foot = hip + s * step * 0.6, hip + s * step
+        limb(hip, 0.52, knee, 0.72, 0.05 * girth, 0.038 * girth, look["bottom"])
+        limb(knee, 0.72, foot, 0.93 - lift, 0.036 * girth, 0.026 * girth, shin)
+        limb(foot, 0.96 - lift, foot + 0.03 * side, 0.965 - lift, 0.022, 0.02, look["shoes"])
+
+    def backpack(shown):
+        limb(-0.09 * side, 0.27, -0.09 * side, 0.38, 0.06, 0.065, look["bag_colour"], shown=shown & (look["bag"] == 1))
+
+    backpack(front > -0.3)  # behind the body
+    arm(-1)
+    leg(-1)
+    leg(1)
+    limb(0, 0.5, 0, 0.62, 0.09 * girth, 0.12 * girth, look["bottom"], shown=look["skirt"])
+    limb(0, 0.23, 0, 0.48, 0.1 * girth, 0.085 * girth, top, (*look["stripes"].T, look["top_pattern"]))
+    backpack(front <= -0.3)
+    limb(0, 0.14, 0, 0.17, 0.03, 0.03, look["skin"])
+    limb(0, 0.055, 0, 0.2, 0.055, 0.06, look["hair"], shown=look["long_hair"])
+    limb(0, 0.07, 0.01 * side, 0.09, 0.055, 0.05, look["skin"])
+    limb(-0.02 * side, 0.04, -0.02 * side, np.where(front > 0, 0.03, 0.09), 0.052, 0.05, look["hair"])
+    arm(1)
+    bag = 0.13 * girth * np.sign(front)  # in the left hand
+    limb(bag, 0.5, bag, 0.58, 0.04, 0.05, look["bag_colour"], shown=look["bag"] == 2)

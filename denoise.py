@@ -1,0 +1,370 @@
+"""Progressive multi-level denoising: from a tracker's tracklets to identities across videos (paper, section 3.2).
+
+An identity is noise-free if all its images lie within a sphere (radius <= sigma, in cosine distance to the centroid) and no
+two identities compared are closer than tau. Level 1 cleans each tracklet, level 2 joins the tracklets of one video, level 3
+links people across a sliding range of videos. The algorithm works on arrays; reading and pictures come after it.
+
+    python denoise.py --weights runs/walkers-r10ibn/last.pt
+
+Read first: `denoise`, `merge`, `noise`.
+"""
+import heapq
+import time
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torchvision.utils import make_grid, save_image
+
+from data import Images, Tracklets
+from evaluate import framed
+
+# ---------------------------------------------------------------- feature space
+
+
+def unit(features) -> np.ndarray:
+    """Rows (N, d) of any float type at unit length, float32. Raises ValueError for rows that are not finite or zero."""
+    features = np.asarray(features, dtype=np.float32)
+    length = np.linalg.norm(features, axis=1, keepdims=True)
+    bad = np.flatnonzero(~np.isfinite(length[:, 0]) | (length[:, 0] == 0))
+    if len(bad):
+        raise ValueError(f"features: {len(bad)} of {len(features)} rows are zero or not finite, the first: row {bad[0]}")
+    return features / length
+
+
+def dense(labels: np.ndarray) -> np.ndarray:
+    """Labels renumbered 0..n-1 in their order; -1 stays -1."""
+    out = np.full(len(labels), -1, np.int64)
+    kept = labels >= 0
+    out[kept] = np.unique(labels[kept], return_inverse=True)[1]
+    return out
+
+
+def group_rows(labels: np.ndarray) -> list[np.ndarray]:
+    """Rows of every label >= 0, in ascending order of labels."""
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(order) else []
+
+
+def group_sums(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Sum of the features of each label 0..n-1, (n, d)."""
+    rows = np.flatnonzero(labels >= 0)
+    n = int(labels.max(initial=-1)) + 1
+    return coo_array((np.ones(len(rows), np.float32), (labels[rows], rows)), shape=(n, len(labels))).tocsr() @ features
+
+
+def whiten(features: np.ndarray, video: np.ndarray) -> np.ndarray:
+    """Features in a space where what all images share, or all images of a video, says nothing. (N, d) -> unit rows (N, d).
+
+    Each video's mean is subtracted (a camera makes its images alike), then the covariance is divided out, shrunk towards a
+    sphere by the oracle approximating coefficient (Chen et al., 2010), so that few images or many dimensions do no harm.
+    """
+    features = unit(features)
+    N, d = features.shape
+    mean = group_sums(features, video) / np.bincount(video)[:, None]
+    centred = features - mean[video]
+    covariance = (centred.T @ centred / N).astype(np.float64)
+    trace, trace2 = np.trace(covariance), (covariance**2).sum()
+    shrink = min(1.0, ((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * (trace2 - trace**2 / d) + 1e-30))
+    values, vectors = np.linalg.eigh((1 - shrink) * covariance + shrink * trace / d * np.eye(d))
+    return unit(centred @ (vectors / np.sqrt(values + 1e-12)).astype(np.float32))
+
+
+# ---------------------------------------------------------------- noise
+
+
+def noise(features, labels: np.ndarray, sigma: float, tau: float, block: int = 1024) -> tuple[float, float]:
+    """What of a labelling is noise (paper, section 3.1): share of images outside their identity's sphere of radius sigma, and
+    share of identities with another identity's centroid closer than tau. features (N, d), labels (N,), -1 left out."""
+    features, labels = unit(features), dense(labels)
+    kept = labels >= 0
+    if not kept.any():
+        return 0.0, 0.0
+    centroids = unit(group_sums(features, labels))
+    outside = 1 - np.einsum("nd,nd->n", features[kept], centroids[labels[kept]]) > sigma + 1e-6
+    close = np.zeros(len(centroids), bool)
+    for start in range(0, len(centroids), block):
+        distance = 1 - centroids[start : start + block] @ centroids.T
+        distance[np.arange(len(distance)), start + np.arange(len(distance))] = np.inf
+        close[start : start + block] = (distance < tau).any(1)
+    return float(outside.mean()), float(close.mean())
+
+
+def pairwise_scores(labels: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Precision, recall and F1 over pairs of images: is a pair together in labels, and is it truly one person?
+    An image labelled -1, in either, is in no pair."""
+    pairs = lambda counts: float((counts * (counts - 1.0) / 2).sum())
+    both = (labels >= 0) & (truth >= 0)
+    table = coo_array((np.ones(both.sum()), (labels[both], truth[both]))).tocsr()
+    hit, found, true = pairs(table.data), pairs(np.bincount(labels[labels >= 0])), pairs(np.bincount(truth[truth >= 0]))
+    precision, recall = hit / max(found, 1), hit / max(true, 1)
+    return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(precision + recall, 1e-12)}
+
+
+# ---------------------------------------------------------------- the three levels
+
+
+def trim(features: np.ndarray, sigma: float) -> np.ndarray:
+    """Level 1 for one tracklet (n, d): while the radius is above sigma, drop the image farthest from the centroid. bool (n,).
+
+    The centroid's direction is the sum s of what is kept, so dropping f changes f_i . s by f_i . f: one product, O(n d).
+    """
+    kept = np.ones(len(features), bool)
+    total = features.sum(0, dtype=np.float64)
+    towards = features @ total
+    while kept.any():
+        worst = np.where(kept, towards, np.inf).argmin()
+        if towards[worst] >= (1 - sigma) * np.linalg.norm(total):
+            break
+        kept[worst] = False
+        total -= features[worst]
+        towards -= features @ features[worst].astype(np.float64)
+    return kept
+
+
+def single_tracklet(features: np.ndarray, track: np.ndarray, moment: np.ndarray, sigma: float, min_images: int = 2, cannot_link: bool = True) -> np.ndarray:
+    """Level 1: what is consistent in each tracklet. Labels (N,), the tracklet's number, or -1 for anomalies.
+
+    features: unit rows (N, d). track: (N,), -1 to leave an image out. moment: (N,), the same where video and frame are.
+    """
+    labels = np.full(len(track), -1, np.int64)
+    for rows in group_rows(track):
+        if cannot_link:  # two boxes of one frame in one tracklet: only the one nearest the centroid can be the person
+            near = rows[np.argsort(-(features[rows] @ features[rows].sum(0)), kind="stable")]
+            rows = near[np.unique(moment[near], return_index=True)[1]]
+        rows = rows[trim(features[rows], sigma)]
+        if len(rows) >= min_images:
+            labels[rows] = track[rows]
+    return labels
+
+
+class Rule:
+    """When a set of images can be one identity: radius <= sigma and, with `cannot_link`, no two of them in one frame."""
+
+    def __init__(self, features: np.ndarray, moment: np.ndarray, sigma: float, tau: float, cannot_link: bool = True):
+        self.features, self.moment, self.sigma, self.tau, self.cannot_link = features, moment, sigma, tau, cannot_link
+
+    def allows(self, rows: np.ndarray) -> bool:
+        if self.cannot_link and len(np.unique(self.moment[rows])) < len(rows):
+            return False
+        members = self.features[rows]
+        total = members.sum(0)
+        return bool((members @ total).min() >= (1 - self.sigma) * np.linalg.norm(total) - 1e-6)
+
+
+def merge(identities: list[np.ndarray], rule: Rule) -> list[list[int]]:
+    """Join identities, closest first: while two centroids are closer than tau and the union is allowed, the union replaces both.
+
+    identities: rows of each. Returns the groups, lists of positions in `identities`. Exact: all pairs closer than tau wait in
+    a heap; a refused pair comes back only as part of a larger union.
+    """
+    groups = [[n] for n in range(len(identities))]
+    members = list(identities)
+    centroids = np.empty((2 * len(members), rule.features.shape[1]), np.float32)  # room for every union
+    for n, rows in enumerate(members):
+        centroids[n] = rule.features[rows].sum(0)
+    centroids[: len(members)] = unit(centroids[: len(members)]) if members else 0
+    alive = np.zeros(len(centroids), bool)
+    alive[: len(members)] = True
+    distance = 1 - centroids[: len(members)] @ centroids[: len(members)].T
+    heap = [(distance[i, j], i, j) for i, j in zip(*np.nonzero(np.triu(distance < rule.tau, 1)))]
+    heapq.heapify(heap)
+    while heap:
+        _, i, j = heapq.heappop(heap)
+        if not (alive[i] and alive[j]):
+            continue
+        union = np.concatenate([members[i], members[j]])
+        if not rule.allows(union):
+            continue
+        new = len(members)
+        members.append(union)
+        groups.append(groups[i] + groups[j])
+        alive[[i, j]] = False
+        centroids[new] = unit(rule.features[union].sum(0)[None])[0]
+        others = np.flatnonzero(alive)
+        distance = 1 - centroids[others] @ centroids[new]
+        for k in np.flatnonzero(distance < rule.tau):
+            heapq.heappush(heap, (distance[k], others[k], new))
+        alive[new] = True
+    return [groups[n] for n in np.flatnonzero(alive[: len(groups)])]
+
+
+def single_video(features: np.ndarray, labels: np.ndarray, video: np.ndarray, track: np.ndarray, moment: np.ndarray, sigma: float, tau: float,
+                 min_images: int = 2, cannot_link: bool = True, recover: bool = True) -> np.ndarray:  # fmt: skip
+    """Level 2: identities within each video, out of level 1's labels. Labels (N,), -1 for what fits nowhere.
+
+    (a) merge fragments, (b) give each anomaly to the nearest identity that it fits, (c) take what is left of a tracklet's
+    anomalies, the other half of an identity switch, as a tracklet of its own and merge once more.
+    """
+    rule = Rule(features, moment, sigma, tau, cannot_link)
+    labels = merge_labels(labels, video, rule)
+    for rows in group_rows(video):
+        identities, anomalies = group_rows(np.where(labels[rows] >= 0, labels[rows], -1)), rows[labels[rows] < 0]
+        identities = [rows[members] for members in identities]
+        if not identities or not len(anomalies):
+            continue
+        centroids = unit(np.stack([features[members].sum(0) for members in identities]))
+        distance = 1 - features[anomalies] @ centroids.T
+        nearest = distance.argmin(1)
+        for n in np.argsort(distance.min(1), kind="stable"):
+            home, wider = nearest[n], np.append(identities[nearest[n]], anomalies[n])
+            if distance[n, home] <= sigma and rule.allows(wider):
+                identities[home] = wider
+                labels[anomalies[n]] = labels[wider[0]]
+    if recover:
+        left = single_tracklet(features, np.where(labels < 0, track, -1), moment, sigma, min_images, cannot_link)
+        labels = np.where(left >= 0, left + labels.max(initial=0) + 1, labels)
+        labels = merge_labels(labels, video, rule)
+    return dense(labels)
+
+
+def merge_labels(labels: np.ndarray, video: np.ndarray, rule: Rule) -> np.ndarray:
+    """Merge identities (N,) within each video. Labels (N,)."""
+    labels = labels.copy()
+    for rows in group_rows(video):
+        identities = [rows[members] for members in group_rows(labels[rows])]
+        for group in merge(identities, rule):
+            for n in group:
+                labels[identities[n]] = labels[identities[group[0]][0]]
+    return labels
+
+
+def cross_video(features: np.ndarray, labels: np.ndarray, video: np.ndarray, moment: np.ndarray, sigma: float, tau: float,
+                window: int = 32, stride: int = 16, cannot_link: bool = True) -> np.ndarray:  # fmt: skip
+    """Level 3: people across videos, out of level 2's labels. Labels (N,).
+
+    A range of `window` consecutive videos moves over all of them in steps of `stride`. A merge within a range links its
+    identities; what is linked through overlapping ranges becomes one. Where that union is not allowed, it is merged anew by
+    itself, closest first, as far as the rule goes.
+    """
+    rule, labels = Rule(features, moment, sigma, tau, cannot_link), dense(labels)
+    while labels.max(initial=-1) > 0:
+        identities = group_rows(labels)
+        first = np.array([video[rows].min() for rows in identities])
+        last = np.array([video[rows].max() for rows in identities])
+        links = [(n, n) for n in range(len(identities))]
+        for start in range(0, max(1, int(video.max()) + 1 - window + stride), stride):
+            here = np.flatnonzero((first < start + window) & (last >= start))
+            links += [(here[group[0]], here[n]) for group in merge([identities[n] for n in here], rule) for n in group]
+        a, b = np.array(links).T
+        component = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(len(identities),) * 2), directed=False)[1]
+        merged = np.full_like(labels, -1)
+        count = 0
+        for linked in group_rows(component):
+            parts = [identities[n] for n in linked]
+            whole = np.concatenate(parts)
+            groups = [range(len(parts))] if len(parts) == 1 or rule.allows(whole) else merge(parts, rule)
+            for group in groups:
+                for n in group:
+                    merged[parts[n]] = count
+                count += 1
+        if count == len(identities):  # nothing was merged
+            break
+        labels = merged
+    return labels
+
+
+def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, high: float = 0.95, low: float = 0.05) -> tuple[float, float]:
+    """sigma and tau from the data, without a label: images of one tracklet are mostly one person, two tracklets of one frame
+    are two people.
+
+    sigma: the `high` quantile of the distance to the tracklet's centroid. tau: the `low` quantile of the distance between the
+    centroids of tracklets that share a frame.
+    """
+    features, tracks = unit(features), dense(track)
+    centroids = unit(group_sums(features, tracks))
+    sigma = float(np.quantile(1 - np.einsum("nd,nd->n", features, centroids[tracks]), high))
+    moment = moments(video, frame)
+    seen = coo_array((np.ones(len(tracks)), (tracks, moment))).tocsr()
+    a, b = (seen @ seen.T).nonzero()
+    apart = a < b
+    between = 1 - np.einsum("nd,nd->n", centroids[a[apart]], centroids[b[apart]])
+    return sigma, float(np.quantile(between, low)) if len(between) else sigma
+
+
+def moments(video: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """A number for every (video, frame): (N,)."""
+    return np.unique(np.stack([video, frame]), axis=1, return_inverse=True)[1].reshape(-1)
+
+
+# ---------------------------------------------------------------- chained
+
+
+def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int = 2, window: int = 32, stride: int = 16,
+            whitening: bool = True, cannot_link: bool = True, recover: bool = True, report=None) -> np.ndarray:  # fmt: skip
+    """Identities from tracklets: whitening, calibration, and the three levels. Labels int64 (N,), 0..n-1, -1 for noise.
+
+    features: (N, d), any float type. video, track, frame: integers (N,); videos in the order in which the range slides.
+    sigma, tau: thresholds in [0, 2]; calibrated where None. report, if given, is called with (level, labels, noise) four times.
+    Raises ValueError for arrays of different lengths, features that are zero or not finite, thresholds out of range.
+    """
+    video, track, frame = (np.asarray(a) for a in (video, track, frame))
+    for name, array in (("video", video), ("track", track), ("frame", frame)):
+        if len(array) != len(features):
+            raise ValueError(f"{name} has {len(array)} rows, features have {len(features)}")
+    for name, value in (("sigma", sigma), ("tau", tau)):
+        if value is not None and not 0 <= value <= 2:
+            raise ValueError(f"{name}={value}: a cosine distance lies in [0, 2]")
+    video, track = dense(video), dense(track)
+    features = whiten(features, video) if whitening else unit(features)
+    if sigma is None or tau is None:
+        chosen = calibrate(features, video, track, frame)
+        sigma, tau = chosen[0] if sigma is None else sigma, chosen[1] if tau is None else tau
+    moment = moments(video, frame)
+    step = lambda level, labels: report and report(level, labels, noise(features, labels, sigma, tau))
+    step("tracklets", track)
+    labels = single_tracklet(features, track, moment, sigma, min_images, cannot_link)
+    step("single tracklet", labels)
+    labels = single_video(features, labels, video, track, moment, sigma, tau, min_images, cannot_link, recover)
+    step("single video", labels)
+    labels = cross_video(features, labels, video, moment, sigma, tau, window, stride, cannot_link)
+    step("cross video", labels)
+    return dense(labels)
+
+
+def denoise_tracklets(tracklets: Tracklets, features: np.ndarray, truth: np.ndarray | None = None, print_line=print, **options) -> tuple[np.ndarray, dict]:
+    """Denoise an index of tracklets, printing a line for each level. features (N, d): a zero row is an unreadable image.
+
+    Returns the labels (N,) and the figures for log.jsonl: identities, images kept, noise, and F1 where the truth is known.
+    options are those of `denoise`.
+    """
+    rows = np.flatnonzero(features.any(1))
+    clock, report, full = time.time(), {}, np.full(len(tracklets), -1)
+    print_line(f"{'level':<16} identities  images kept   noise: images  identities" + ("   precision  recall     F1" if truth is not None else ""))
+
+    def tell(level, labels, share):
+        nonlocal full
+        full = np.full(len(tracklets), -1)
+        full[rows] = labels
+        line = f"{level:<16} {len(np.unique(labels[labels >= 0])):>10,}  {(labels >= 0).sum():>11,}  {share[0]:>14.1%}  {share[1]:>10.1%}"
+        if truth is not None:
+            scores = pairwise_scores(full, truth)
+            line += f"   {scores['precision']:>9.3f}  {scores['recall']:>6.3f}  {scores['f1']:>5.3f}"
+            report.setdefault("f1_tracklets", scores["f1"])
+            report.update(scores)
+        report.setdefault("noise_before", share)
+        report.update(identities=int(labels.max() + 1), images_kept=int((labels >= 0).sum()), noise_after=share)
+        print_line(line)
+
+    labels = denoise(features[rows], tracklets.video[rows], tracklets.track[rows], tracklets.frame[rows], report=tell, **options)
+    full = np.full(len(tracklets), -1)
+    full[rows] = labels
+    return full, report | {"seconds": time.time() - clock}
+
+
+def show_identities(file, tracklets: Tracklets, labels: np.ndarray, people: int = 12, columns: int = 14) -> None:
+    """Write a picture: an identity a row, the ones of most videos first, its images spread over them; framed red, at the
+    row's end, images of its tracklets that were removed as noise."""
+    images, sheet = Images(tracklets, (128, 64)), []
+    identities = group_rows(labels)
+    videos = np.array([len(np.unique(tracklets.video[rows])) for rows in identities])
+    removed = [np.flatnonzero((labels < 0) & np.isin(tracklets.track, tracklets.track[rows])) for rows in identities]
+    order = np.lexsort((np.arange(len(identities)), [-min(len(r), 3) for r in removed], -np.minimum(videos, 3)))
+    for n in order[:people]:
+        gone = removed[n][:3]
+        rows = identities[n][np.linspace(0, len(identities[n]) - 1, columns - len(gone)).astype(int)]
+        sheet += [images[i][0] / 255 for i in rows] + [framed(images[i][0] / 255, (0.9, 0.1, 0.1)) for i in gone]
+    if sheet:
+        save_image(make_grid(torch.stack(sheet), nrow=columns), file)

@@ -1,0 +1,518 @@
+"""The run, from video tracklets to mAP: data, stage 1, denoising, stage 2, evaluation (paper, section 3 and appendix).
+
+    torchrun train.py --arch r10ibn                     # walkers, minutes on a laptop
+    torchrun --nproc_per_node=8 train.py --data DIR     # your tracklets, the paper's recipe
+
+Read first: `Settings`, `main`, `train_stage`.
+"""
+import argparse
+import copy
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data import (
+    Images, check_readable, draw_walkers, find_splits, load_batches, read_labels, read_tracklets, refuse_unreadable, replace_unreadable,
+    replacing, sample_identities, write_labels,
+)  # fmt: skip
+from denoise import denoise_tracklets, show_identities
+from distill import (
+    Network, Views, all_reduce, make_views, matching_loss, show_views, sinkhorn, teacher_entropy, update_center, update_teacher,
+)  # fmt: skip
+from evaluate import evaluate_features, extract, show_retrieval
+from model import Head, build, load_weights
+
+
+@dataclass
+class Settings:
+    """Every flag of the run. Defaults are the paper's recipe (ResNet50-IBN); the comment behind each is its --help."""
+
+    arch: str = "r50ibn"  # backbone; `python model.py` lists them
+    data: str = ""  # folder of tracklets, <video>/<track>_<frame>_<det>.jpg; none: walkers, drawn into data/walkers
+    recipe: str = ""  # paper, or demo: small images and few steps (the default without --data)
+    name: str = ""  # folder below runs/ (default: data and arch); the same command resumes what is there
+    weights: str = ""  # backbone weights that replace stage 1
+    labels: str = ""  # annotation JSON of identities that replaces stage 1 and denoising
+    seed: int = 0  # of everything random
+    # views
+    size: tuple[int, int] = (256, 128)  # global crops and evaluation: height, width
+    local_size: tuple[int, int] = (128, 64)  # local crops: height, width
+    canvas: tuple[int, int] = (256, 128)  # images are decoded and resized to this before they are cropped
+    local_crops: int = 8  # how many, for the student only
+    global_scale: tuple[float, float] = (0.8, 1.0)  # share of the image's area in a global crop
+    local_scale: tuple[float, float] = (0.05, 0.8)  # share of the image's area in a local crop
+    ratio: tuple[float, float] = (0.4, 0.6)  # width / height of crops
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+    grey: float = 0.2  # probability of a grey view
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)  # probability of blur: first global, second global, local
+    blur_sigma: float = 2.0  # largest sigma of the blur, pixels
+    solarize: float = 0.2  # probability on the second global view
+    # batches and phases
+    batch: int = 960  # images over all processes
+    K: tuple[int, ...] = (2, 4, 6, 8)  # stage 2: images of each identity in a batch, phase by phase
+    epochs: tuple[int, ...] = (40, 20, 20, 20)  # stage 2: epochs of each phase
+    tracklet_K: tuple[int, ...] = (2,)  # stage 1: the same
+    tracklet_epochs: tuple[int, ...] = (20,)  # stage 1: the same
+    # head and loss
+    prototypes: int = 65536  # D, the width of the head's output
+    hidden: int = 2048  # width of the head's layers
+    bottleneck: int = 256  # width before the prototypes
+    head_norm: bool = False  # batch norm (no affine) before the head's L2 norm
+    centering: str = "ema"  # what keeps the teacher from collapsing: ema (running center) or sinkhorn
+    student_temp: float = 0.1  # softmax temperature
+    teacher_temp: float = 0.04  # softmax temperature; lower is sharper
+    # optimiser
+    lr: float = 5e-4  # AdamW, for 256 images; scaled by batch / 256
+    min_lr: float = 1e-6  # at the end of the cosine
+    warmup: float = 0.1  # share of the steps over which lr rises from 0
+    weight_decay: tuple[float, float] = (0.04, 0.4)  # first and last step, cosine; none on biases and norms
+    clip: float = 3.0  # largest gradient norm of each parameter
+    freeze_last: int = 1  # epochs at the start in which the prototypes stay
+    ema: tuple[float, float] = (0.996, 1.0)  # the teacher's momentum, first and last step, cosine
+    center_momentum: float = 0.9  # of the running center
+    # denoising
+    sigma: float = -1.0  # intra-identity consistency, cosine distance in [0, 2]; negative: calibrated from the tracklets
+    tau: float = -1.0  # inter-identity discrimination, likewise
+    min_images: int = 2  # a tracklet that keeps fewer dissolves
+    window: int = 32  # videos in the sliding range
+    stride: int = 16  # videos by which it moves
+    # this machine
+    workers: int = 4  # processes that decode images, for each process that trains
+    log_every: int = 20  # steps between log lines
+    save_every: int = 500  # steps between checkpoints; one is written at the end of each epoch too
+
+
+# The demo differs from the paper where a short run on small images needs it; the README says why, line by line.
+DEMO = dict(
+    size=(64, 32), local_size=(32, 16), canvas=(64, 32), local_crops=2, jitter=(0.2, 0.2, 0.1, 0.05), grey=0.0, blur_sigma=0.5, solarize=0.0,
+    batch=64, K=(4,), epochs=(4,), tracklet_K=(4,), tracklet_epochs=(4,),
+    prototypes=256, hidden=512, bottleneck=64, head_norm=True, centering="sinkhorn",
+    lr=1.2e-2, freeze_last=0, ema=(0.95, 0.95), workers=1,
+)  # fmt: skip
+DEMO_LARGE = DEMO | dict(batch=32, epochs=(1,), tracklet_epochs=(1,), lr=4e-3)  # for networks that take seconds a step on a laptop
+MAY_DIFFER = {"workers", "log_every", "save_every"}  # settings that change nothing in the result
+
+
+def parse_settings(argv=None) -> Settings:
+    """Settings from the recipe and the flags that override it."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Settings), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
+    for field in fields(Settings):
+        several = isinstance(field.default, tuple)
+        kind = type(field.default[0]) if several else type(field.default)
+        options = dict(help=comments[field.name].replace("%", "%%"))
+        if kind is bool:
+            options |= dict(action=argparse.BooleanOptionalAction)
+        else:
+            options |= dict(type=kind, metavar=field.name.upper() if not several else None)
+        if several:
+            options |= dict(nargs="+" if field.name in ("K", "epochs", "tracklet_K", "tracklet_epochs") else len(field.default))
+        parser.add_argument(f"--{field.name}", **options)
+    flags = vars(parser.parse_args(argv))
+    flags = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
+    arch = flags.get("arch", Settings.arch)
+    recipe = flags.get("recipe") or ("paper" if flags.get("data") else "demo")
+    if recipe not in ("paper", "demo"):
+        raise ValueError(f"--recipe {recipe}: expected paper or demo")
+    base = {} if recipe == "paper" else DEMO if arch == "r10ibn" else DEMO_LARGE
+    settings = Settings(**base | flags | {"recipe": recipe})
+    settings.name = settings.name or f"{Path(settings.data or 'walkers').resolve().name}-{arch}"
+    check_settings(settings)
+    return settings
+
+
+def check_settings(s: Settings) -> None:
+    """Raises ValueError for settings that cannot work, before anything is read or drawn."""
+    for stage, Ks, epochs in (("", s.K, s.epochs), ("tracklet_", s.tracklet_K, s.tracklet_epochs)):
+        if len(Ks) != len(epochs):
+            raise ValueError(f"--{stage}K has {len(Ks)} phases and --{stage}epochs {len(epochs)}: give one number of epochs for each K")
+        if min(Ks) < 1 or min(epochs) < 0:
+            raise ValueError(f"--{stage}K {Ks} --{stage}epochs {epochs}: expected K of 1 and more, epochs of 0 and more")
+        for K in Ks:
+            if s.batch % K:
+                raise ValueError(f"--batch {s.batch} is not divisible by K={K}: a batch holds K images of each of its identities")
+    if s.centering not in ("ema", "sinkhorn"):
+        raise ValueError(f"--centering {s.centering}: expected ema or sinkhorn")
+    if s.canvas[0] < s.size[0] or s.canvas[1] < s.size[1]:
+        raise ValueError(f"--canvas {s.canvas} is smaller than --size {s.size}")
+    for flag in ("sigma", "tau"):
+        if getattr(s, flag) > 2:
+            raise ValueError(f"--{flag} {getattr(s, flag)}: a cosine distance lies in [0, 2]")
+    build(s.arch)
+    for flag in ("weights", "labels"):
+        if getattr(s, flag) and not os.path.isfile(getattr(s, flag)):
+            raise ValueError(f"--{flag} {getattr(s, flag)}: no such file")
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def cosine(step: int, total: int, start: float, end: float) -> float:
+    """From `start` at step 0 to `end` at step `total`."""
+    return end + (start - end) * (1 + math.cos(math.pi * step / max(total, 1))) / 2
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float, end: float) -> float:
+    """Rises linearly to `peak` over the warm-up, then falls as a cosine to `end` at step `total`."""
+    return peak * (step + 1) / warmup if step < warmup else cosine(step - warmup, total - warmup, peak, end)
+
+
+def plan_epochs(labels: np.ndarray, s: Settings, Ks, epochs) -> list[tuple[int, int]]:
+    """(K, steps) of every epoch of a stage. The schedules run over their sum: steps per epoch change with K, and laying them
+    out for the first K, as the released code does, runs off their end."""
+    steps = {K: len(sample_identities(labels, K, s.batch, s.seed, 0)) for K in Ks}
+    return [(K, steps[K]) for K, n in zip(Ks, epochs) for _ in range(n)]
+
+
+# ---------------------------------------------------------------- the run's state
+
+
+class Run:
+    """Where a run happens and what it has come to: processes, folder, log, networks, progress."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.rank, self.world_size, self.device = join_processes()
+        self.folder = Path("runs") / settings.name
+        self.stage, self.step, self.results, self.resumed = "tracklet", 0, {}, None
+        self.stop_asked = self.training = False
+        torch.manual_seed(settings.seed)  # the same initial weights on every rank
+        backbone = build(settings.arch)
+        head = Head(backbone.embed_dim, settings.prototypes, settings.hidden, settings.bottleneck, settings.head_norm)
+        self.student = Network(backbone, head).to(self.device)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.center = torch.zeros(settings.prototypes, device=self.device)
+        self.unreadable = set()
+        self.tensorboard = None
+
+    def say(self, what: str, text: str) -> None:
+        """One line on the first process's terminal."""
+        if self.rank == 0:
+            print(f"{what:<9}{text}", flush=True)
+
+    def log(self, event: str, **values) -> None:
+        """One line in log.jsonl, and curves in tensorboard where that is installed."""
+        if self.rank == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps({"event": event, **values}) + "\n")
+            for key, value in values.items() if self.tensorboard else ():
+                if isinstance(value, float):
+                    self.tensorboard.add_scalar(f"{event}/{key}", value, values.get("step", 0))
+
+    def save(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Write last.pt: beside it, to the disk, then renamed, so that a crash in the middle destroys nothing."""
+        average_buffers(self.teacher, self.world_size)
+        if self.rank == 0:
+            log = self.folder / "log.jsonl"
+            checkpoint = {
+                "student": self.student.state_dict(), "teacher": self.teacher.state_dict(), "center": self.center,
+                "optimizer": optimizer.state_dict() if optimizer else None, "stage": self.stage, "step": self.step,
+                "results": self.results, "settings": asdict(self.settings), "log_bytes": log.stat().st_size if log.exists() else 0,
+            }  # fmt: skip
+            with replacing(self.folder / "last.pt") as temporary:
+                torch.save(checkpoint, temporary)
+
+    def resume(self) -> None:
+        """Take up what the folder holds. Raises ValueError if it was made with other settings."""
+        file = self.folder / "last.pt"
+        if not file.exists():
+            return
+        checkpoint = torch.load(file, map_location=self.device, weights_only=True)
+        now, then = asdict(self.settings), checkpoint["settings"]
+        differ = [f"--{key} {then.get(key)} there, {now[key]} here" for key in now if key not in MAY_DIFFER and now[key] != then.get(key)]
+        if differ:
+            raise ValueError(f"{self.folder} was made with other settings ({'; '.join(differ)}); delete it, or give another --name")
+        self.student.load_state_dict(checkpoint["student"])
+        self.teacher.load_state_dict(checkpoint["teacher"])
+        self.center = checkpoint["center"]
+        self.stage, self.step, self.results = checkpoint["stage"], checkpoint["step"], checkpoint["results"]
+        self.resumed = checkpoint["optimizer"]
+        if self.rank == 0:
+            os.truncate(self.folder / "log.jsonl", checkpoint["log_bytes"])  # lines after the checkpoint will come again
+        self.say("resume", f"{self.folder} at {'its end' if self.stage == 'done' else f'stage {self.stage!r}, step {self.step:,}'}")
+
+    def on_signal(self, number, _) -> None:
+        """Ctrl-C or SIGTERM: training ends after the step with a checkpoint, anything else ends here."""
+        if not self.training or self.stop_asked:
+            self.leave(number)
+        self.stop_asked = True
+
+    def leave(self, number: int = signal.SIGINT) -> None:
+        """Say how to go on, and exit as a process that got this signal does."""
+        self.say("stopped", f"{self.folder}/ holds what was done; the same command goes on from there")
+        sys.exit(128 + number)
+
+
+def join_processes() -> tuple[int, int, torch.device]:
+    """Rank, world size and device, from torchrun's environment or as the only process."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    options = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1), **options)  # others wait while one denoises
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def average_buffers(network: nn.Module, world_size: int) -> None:
+    """The mean over processes of batch-norm statistics, which each process gathers from its own images."""
+    for buffer in network.buffers() if world_size > 1 else ():
+        if buffer.is_floating_point():
+            all_reduce(buffer).div_(world_size)
+
+
+# ---------------------------------------------------------------- one stage of training
+
+
+def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch: int) -> None:
+    """Identity-guided self-distillation on labels (N,), from run.step on. epochs are counted over both stages, from first_epoch.
+
+    Raises ValueError where images are unreadable or identities too few, FloatingPointError where the loss is not finite.
+    """
+    s, rank, world_size = run.settings, run.rank, run.world_size
+    local = s.batch // world_size
+    plan = plan_epochs(labels, s, Ks, epochs)
+    total = sum(steps for _, steps in plan)
+    warmup, peak = max(1, round(s.warmup * total)), s.lr * s.batch / 256
+    run.say(f"stage {1 if run.stage == 'tracklet' else 2}", f"{'tracklet' if run.stage == 'tracklet' else 'cross-video'} identities: "
+            f"{labels.max() + 1:,} of {(labels >= 0).sum():,} images, {total:,} steps of {s.batch}")  # fmt: skip
+
+    student = nn.SyncBatchNorm.convert_sync_batchnorm(run.student) if run.device.type == "cuda" and world_size > 1 else run.student
+    network = DistributedDataParallel(student, broadcast_buffers=False)  # batch norm's own statistics serve the teacher only
+    decayed = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim <= 1]  # biases and norms
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=0.0)
+    if run.resumed:
+        optimizer.load_state_dict(run.resumed)
+        run.resumed = None
+    kinds = view_kinds(s)
+    run.training, warned, clock, timed = True, False, time.time(), 0
+    done = 0  # steps before this epoch
+    for epoch, (K, steps) in enumerate(plan, start=first_epoch):
+        if run.step >= done + steps:
+            done += steps
+            continue
+        batches = sample_identities(labels, K, s.batch, s.seed, epoch)[run.step - done :, rank * local : (rank + 1) * local]
+        for batch, (images, readable) in zip(batches, load_batches(tracklets, list(batches), s.canvas, s.workers)):
+            if not readable.all():
+                run.unreadable.update(batch[~readable.numpy()].tolist())
+                refuse_unreadable(tracklets, run.unreadable, len(tracklets))
+                images = replace_unreadable(images, readable, K)
+            step = run.step
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr = learning_rate(step, total, warmup, peak, s.min_lr)
+            optimizer.param_groups[0]["weight_decay"] = cosine(step, total, *s.weight_decay)
+
+            generator = torch.Generator().manual_seed(int(np.random.SeedSequence([s.seed, epoch, step]).generate_state(1)[0]))
+            views = make_views(images.to(run.device, non_blocking=True), kinds, generator, rank, world_size)
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
+                with torch.no_grad():
+                    run.teacher.train()
+                    taught = run.teacher(views[:2])  # (2, B, D)
+                logits = network(views)  # (V, B, D)
+            if s.centering == "sinkhorn":
+                p = sinkhorn(taught, s.teacher_temp)
+            else:
+                p = torch.softmax((taught.float() - run.center) / s.teacher_temp, dim=-1)
+                run.center = update_center(run.center, taught, s.center_momentum)
+            loss = matching_loss(logits, p, K, s.student_temp)
+
+            optimizer.zero_grad()
+            loss.backward()
+            gauge = torch.stack([loss.detach(), teacher_entropy(p), torch.tensor(float(run.stop_asked), device=run.device)])
+            loss_value, entropy, stop = (all_reduce(gauge) / world_size).tolist()
+            if not math.isfinite(loss_value):
+                raise FloatingPointError(f"the loss is {loss_value} at step {step} of stage {run.stage!r}; {run.folder}/last.pt is the last good state. "
+                                         f"Try a lower --lr (now {s.lr}) under another --name")  # fmt: skip
+            clip_gradients(student, s.clip)
+            if epoch - first_epoch < s.freeze_last:
+                student.head.last_layer.weight.grad = None
+            optimizer.step()
+            update_teacher(run.teacher, student, cosine(step, total, *s.ema))
+            run.step += 1
+            timed += 1
+
+            if not warned and step > total // 4:
+                used = len(p.argmax(-1).unique())
+                warned = warn_of_collapse(run, loss_value, entropy, used)
+            if run.step % s.log_every == 0 or run.step == total:
+                rate = timed * s.batch / (time.time() - clock)
+                left = (total - run.step) * s.batch / rate
+                run.say("", f"step {run.step:>5,}/{total:,}  K {K}  loss {loss_value:.3f} of {math.log(s.prototypes):.3f}  "
+                        f"entropy {entropy / math.log(s.prototypes):4.0%}  lr {lr:.1e}  {rate:6,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")  # fmt: skip
+                run.log("train", stage=run.stage, step=run.step, epoch=epoch, K=K, loss=loss_value, entropy=entropy, lr=lr, images_per_second=rate)
+            if stop or run.step % s.save_every == 0 or run.step == total or run.step == done + steps:
+                run.save(optimizer)
+            if stop:
+                run.leave()
+        done += steps
+    run.training = False
+
+
+def clip_gradients(network: nn.Module, largest: float) -> None:
+    """Scale each parameter's gradient down to a norm of `largest`, as DINO does; before any step, on unscaled gradients."""
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, list((largest / (norms + 1e-6)).clamp(max=1)))
+
+
+def warn_of_collapse(run: Run, loss: float, entropy: float, used: int) -> bool:
+    """Say so where the teacher says the same of every image. True if it does."""
+    uniform = math.log(run.settings.prototypes)
+    if loss > 0.995 * uniform or entropy > 0.995 * uniform:
+        run.say("warning", f"uniform collapse: the loss is {loss:.3f} and stays near log D = {uniform:.3f}, so nothing is learned. "
+                "Try --centering sinkhorn, --head_norm, fewer --prototypes or a higher --lr")  # fmt: skip
+        return True
+    if used == 1:
+        run.say("warning", "collapse to one prototype: the teacher answers the same for all images. "
+                "Try --centering sinkhorn, a lower --center_momentum or a higher --teacher_temp")  # fmt: skip
+        return True
+    return False
+
+
+def view_kinds(s: Settings) -> list[Views]:
+    """Two global views and the local ones, by the recipe."""
+    common = dict(ratio=s.ratio, jitter=s.jitter, grey_p=s.grey, blur_sigma=s.blur_sigma)
+    first = Views(s.size, s.global_scale, blur_p=s.blur[0], **common)
+    second = Views(s.size, s.global_scale, blur_p=s.blur[1], solarize_p=s.solarize, **common)
+    return [first, second] + [Views(s.local_size, s.local_scale, blur_p=s.blur[2], **common)] * s.local_crops
+
+
+# ---------------------------------------------------------------- the whole method
+
+
+def main() -> None:
+    """Data, stage 1, denoising, stage 2, evaluation: the same command goes on where the last one ended."""
+    s = parse_settings()
+    run = Run(s)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, run.on_signal)
+    for K in s.K + s.tracklet_K:
+        if s.batch % (run.world_size * K):
+            raise ValueError(f"--batch {s.batch} over {run.world_size} processes is not a multiple of K={K}: identities are not split over processes")
+
+    # 1. data
+    root = Path(s.data or "data/walkers")
+    clock, drawn = time.time(), ""
+    if not s.data and not root.exists():
+        if run.rank == 0:
+            run.say("data", f"drawing walkers into {root}/")
+            draw_walkers(root)
+            drawn = f" (drawn in {time.time() - clock:.0f} s)"
+        dist.barrier()
+    train_folder, test_folder = find_splits(root)
+    tracklets = read_tracklets(train_folder)
+    test = read_tracklets(test_folder) if test_folder else None
+    run.say("data", f"{train_folder}: {tracklets}{drawn}")
+    truth = read_labels(root / "train.json", tracklets) if test and (root / "train.json").exists() else None
+    ids = read_labels(root / "test.json", test) if test else None
+    run.say("", f"{test_folder}: {test}, held out" if test else "no test/ beside train/ with a test.json: nothing to evaluate on")
+    given = read_labels(s.labels, tracklets) if s.labels else None
+    check_readable(tracklets)
+
+    # the run folder, and what it holds already
+    if run.rank == 0:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    run.resume()
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.tensorboard = SummaryWriter(run.folder) if run.rank == 0 else None
+    except ImportError:  # curves are an extra for those who have it
+        pass
+    million = sum(p.numel() for p in run.student.backbone.parameters()) / 1e6
+    run.say("network", f"{s.arch}, {million:.1f} M parameters, images {s.size[0]}x{s.size[1]}, recipe {s.recipe}, {run.world_size} x {run.device.type}, {run.folder}/")
+
+    def measure(stage: str):
+        """Retrieval on the held-out split, once: printed, logged, kept in the checkpoint."""
+        if test is None or stage in run.results:
+            return None
+        average_buffers(run.teacher, run.world_size)
+        features = extract(run.teacher.backbone, test, s.size, run.device, s.workers)
+        result = run.results[stage] = evaluate_features(features, test, ids)
+        run.say("evaluate", f"{stage:<9} mAP {result['mAP']:5.1%}   R1 {result['R1']:5.1%}   R5 {result['R5']:5.1%}   R10 {result['R10']:5.1%}")
+        run.log("evaluate", stage=stage, **result)
+        return features
+
+    # 2. stage 1: every raw tracklet an identity
+    measure("random")
+    if run.stage == "tracklet" and run.step == 0:
+        if s.weights:
+            report = load_weights(run.student.backbone, s.weights)
+            run.teacher.backbone.load_state_dict(run.student.backbone.state_dict())
+            run.say("weights", f"{s.weights}: {len(report['matched'])} tensors matched, {len(report['missing'])} missing, {len(report['left_over'])} left over")
+        run.save()
+    if run.stage == "tracklet" and not s.weights and given is None:
+        train_stage(run, tracklets, tracklets.track, s.tracklet_K, s.tracklet_epochs, first_epoch=0)
+    if run.stage == "tracklet":
+        if given is None:
+            measure("tracklet")
+
+        # 3. denoise
+        labels = given if given is not None else find_identities(run, tracklets, truth)
+        if run.rank == 0:
+            write_labels(run.folder / "identities.json", tracklets, labels)
+        dist.barrier()
+        run.stage, run.step = "cion", 0
+        run.save()
+
+    # 4. stage 2: identities across videos
+    if run.stage == "cion":
+        labels = read_labels(run.folder / "identities.json", tracklets)
+        if run.rank == 0:
+            rows = sample_identities(labels, s.K[-1], s.batch, s.seed, 0)[0, :16]
+            images = torch.stack([Images(tracklets, s.canvas)[i][0] for i in rows])
+            show_views(run.folder / "crops.png", images, view_kinds(s), torch.Generator().manual_seed(s.seed))
+        train_stage(run, tracklets, labels, s.K, s.epochs, first_epoch=sum(s.tracklet_epochs))
+
+        # 5. evaluate
+        features = measure("cion")
+        if test is not None and run.rank == 0 and features is not None:
+            show_retrieval(run.folder / "retrieval.png", test, ids, features, (128, 64))
+        run.stage = "done"
+        run.save()
+    if run.unreadable:
+        run.say("data", f"{len(run.unreadable):,} unreadable images were skipped, the first: {tracklets.path(min(run.unreadable))}")
+    for stage, result in run.results.items():
+        run.say("result" if stage == "random" else "", f"{stage:<9} mAP {result['mAP']:5.1%}   R1 {result['R1']:5.1%}")
+    run.say("done", f"{run.folder}/: last.pt, log.jsonl, identities.json, crops.png, denoised.png, retrieval.png")
+    dist.destroy_process_group()
+
+
+def find_identities(run: Run, tracklets, truth: np.ndarray | None) -> np.ndarray:
+    """Denoise with the teacher's features, printing each level. Labels (N,), the same on every process."""
+    s, clock = run.settings, time.time()
+    average_buffers(run.teacher, run.world_size)
+    features = extract(run.teacher.backbone, tracklets, s.size, run.device, s.workers)
+    run.say("denoise", f"{len(tracklets):,} features of {features.shape[1]} dimensions in {time.time() - clock:.0f} s")
+    labels = torch.full((len(tracklets),), -1)
+    if run.rank == 0:
+        options = dict(sigma=None if s.sigma < 0 else s.sigma, tau=None if s.tau < 0 else s.tau, min_images=s.min_images, window=s.window, stride=s.stride)
+        found, report = denoise_tracklets(tracklets, features.numpy(), truth, print_line=lambda text: run.say("", text), **options)
+        run.log("denoise", **report)
+        show_identities(run.folder / "denoised.png", tracklets, found)
+        labels = torch.from_numpy(found)
+    labels = labels.to(run.device)
+    dist.broadcast(labels, 0)
+    return labels.cpu().numpy()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")
