@@ -318,7 +318,7 @@ def track_people(random, people: int, videos: int, frames: tuple[int, int], swit
                     walk[key] = np.delete(walk[key], np.arange(cut, cut + gap))
         for walk in walks:
             n, t = len(walk["tick"]), walk["tick"] - walk["tick"][0]
-            walk["heading"] = random.uniform(-math.pi, math.pi) + random.uniform(-1.2, 1.2) * t / n
+            walk["heading"] = random.uniform(-math.pi, math.pi) + random.uniform(-2.0, 2.0) * t / n
             walk["phase"] = random.uniform(0, 2 * math.pi) + random.uniform(0.8, 1.4) * t
             walk["place"] = random.uniform(0, 1) + random.uniform(0.01, 0.04) * t * random.choice([-1, 1])
             walk["person"][random.random(n) < 0.02] = -1  # the box missed
@@ -344,7 +344,7 @@ def draw_looks(random, people: int) -> dict[str, np.ndarray]:
         "skin": skin, "hair": hair, "long_hair": random.random(people) < 0.4,
         "top": colour(), "top_pattern": colour(), "back": colour(), "bottom": colour(0.03, 0.8), "shoes": colour(),
         "stripes": random.integers(0, 2, (people, 2)) * random.uniform(8, 22, (people, 2)),  # per body height, along x and y
-        "vest": random.random(people) < 0.4,  # the back of the top has a colour of its own
+        "vest": random.random(people) < 0.2,  # the back of the top has a colour of its own
         "sleeve": random.choice([0.45, 1.0], people), "leg": random.choice([0.5, 1.0], people, p=[0.3, 0.7]),
         "skirt": random.random(people) < 0.25, "bag": random.integers(0, 3, people), "bag_colour": colour(),
     }  # fmt: skip
@@ -352,14 +352,20 @@ def draw_looks(random, people: int) -> dict[str, np.ndarray]:
 
 def draw_cameras(random, videos: int) -> dict[str, np.ndarray]:
     """A colour gain and gamma for every video, and its scene: a wide picture (videos, 3, HEIGHT, 8 * WIDTH)."""
-    coarse = torch.from_numpy(random.uniform(0.1, 0.9, (videos, 3, 6, 24)).astype(np.float32))
-    fine = torch.from_numpy(random.uniform(-0.15, 0.15, (videos, 1, 32, 128)).astype(np.float32))
-    scene = sum(F.interpolate(texture, (HEIGHT, 8 * WIDTH), mode="bilinear") for texture in (coarse, fine))
+    scene = draw_texture(random, (videos, 6, 24), 8 * WIDTH) + draw_texture(random, (videos, 32, 128), 8 * WIDTH) / 2 - 0.25
     return {
         "gain": random.uniform(0.9, 1.08, (videos, 3)).astype(np.float32),
         "gamma": random.uniform(0.85, 1.2, videos).astype(np.float32),
-        "scene": scene.clamp(0, 1).numpy(),
+        "scene": scene.clip(0, 1),
     }
+
+
+def draw_texture(random, shape: tuple[int, int, int], width: int, saturation: float = 0.4) -> np.ndarray:
+    """Smooth blotches of muted colours from a coarse grid, shape (n, rows, columns) -> (n, 3, HEIGHT, width) in [0, 1]."""
+    n, rows, columns = shape
+    colours = random.uniform(0.2, 0.8, (n, 3, rows, columns)).astype(np.float32)
+    muted = saturation * colours + (1 - saturation) * colours[:, :1]
+    return F.interpolate(torch.from_numpy(muted), (HEIGHT, width), mode="bilinear").numpy()
 
 
 def draw_boxes(random, looks: dict, cameras: dict, boxes: dict) -> np.ndarray:
@@ -396,8 +402,7 @@ def draw_background(random, scenes: np.ndarray, boxes: dict, own: float = 0.5) -
     left = (boxes["place"] * scenes.shape[3]).astype(np.int64) + random.integers(-6, 7, n)
     columns = (left[:, None] + np.arange(WIDTH)) % scenes.shape[3]  # (n, WIDTH)
     scene = np.stack([scenes[video][:, :, column] for video, column in zip(boxes["video"], columns)])
-    clutter = torch.from_numpy(random.uniform(0, 1, (n, 3, 5, 3)).astype(np.float32))
-    return own * scene + (1 - own) * F.interpolate(clutter, (HEIGHT, WIDTH), mode="bilinear").numpy()
+    return own * scene + (1 - own) * draw_texture(random, (n, 5, 3), WIDTH)
 
 
 def draw_person(image: np.ndarray, x: np.ndarray, y: np.ndarray, look: dict, boxes: dict, pixels: np.ndarray, visible: np.ndarray) -> None:

@@ -8,8 +8,12 @@ links people across a sliding range of videos. The algorithm works on arrays; re
 
 Read first: `denoise`, `merge`, `noise`.
 """
+import argparse
 import heapq
+import json
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +21,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torchvision.utils import make_grid, save_image
 
-from data import Images, Tracklets
-from evaluate import framed
+from data import Images, Tracklets, find_splits, read_labels, read_tracklets, write_labels
+from evaluate import extract, framed, load_backbone
 
 # ---------------------------------------------------------------- feature space
 
@@ -266,21 +270,25 @@ def cross_video(features: np.ndarray, labels: np.ndarray, video: np.ndarray, mom
     return labels
 
 
-def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, high: float = 0.95, low: float = 0.05) -> tuple[float, float]:
-    """sigma and tau from the data, without a label: images of one tracklet are mostly one person, two tracklets of one frame
-    are two people.
+def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, high: float = 0.99, low: float = 0.03) -> tuple[float, float]:
+    """sigma and tau from the data, without a label: images of one tracklet are mostly one person, two tracklets seen in one
+    frame are two people.
 
-    sigma: the `high` quantile of the distance to the tracklet's centroid. tau: the `low` quantile of the distance between the
-    centroids of tracklets that share a frame.
+    sigma: the `high` quantile of an image's distance to the centroid of the rest of its tracklet (itself in the centroid, an
+    image of a short tracklet would look closer than it can be to a large identity). tau: the `low` quantile of the distance
+    between centroids of tracklets that share a frame, or of any two tracklets' where none do. features (N, d), the rest (N,).
     """
     features, tracks = unit(features), dense(track)
-    centroids = unit(group_sums(features, tracks))
-    sigma = float(np.quantile(1 - np.einsum("nd,nd->n", features, centroids[tracks]), high))
-    moment = moments(video, frame)
-    seen = coo_array((np.ones(len(tracks)), (tracks, moment))).tocsr()
+    sums = group_sums(features, tracks)
+    several = np.bincount(tracks)[tracks] > 1
+    rest = sums[tracks[several]] - features[several]
+    away = 1 - np.einsum("nd,nd->n", features[several], rest) / np.maximum(np.linalg.norm(rest, axis=1), 1e-12)
+    centroids = unit(sums)
+    seen = coo_array((np.ones(len(tracks)), (tracks, moments(video, frame)))).tocsr()
     a, b = (seen @ seen.T).nonzero()
-    apart = a < b
-    between = 1 - np.einsum("nd,nd->n", centroids[a[apart]], centroids[b[apart]])
+    a, b = (a[a < b], b[a < b]) if (a < b).any() else np.triu_indices(min(len(centroids), 2000), 1)
+    between = 1 - np.einsum("nd,nd->n", centroids[a], centroids[b])
+    sigma = float(np.quantile(away, high)) if len(away) else 0.5  # nothing to measure: a cautious guess
     return sigma, float(np.quantile(between, low)) if len(between) else sigma
 
 
@@ -293,10 +301,11 @@ def moments(video: np.ndarray, frame: np.ndarray) -> np.ndarray:
 
 
 def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int = 2, window: int = 32, stride: int = 16,
-            whitening: bool = True, cannot_link: bool = True, recover: bool = True, report=None) -> np.ndarray:  # fmt: skip
-    """Identities from tracklets: whitening, calibration, and the three levels. Labels int64 (N,), 0..n-1, -1 for noise.
+            cannot_link: bool = True, recover: bool = True, report=None) -> np.ndarray:  # fmt: skip
+    """Identities from tracklets: calibration and the three levels. Labels int64 (N,), 0..n-1, -1 for noise.
 
-    features: (N, d), any float type. video, track, frame: integers (N,); videos in the order in which the range slides.
+    features: (N, d), any float type, normalised here; those of a network are worth far more after `whiten`. video, track,
+    frame: integers (N,); the range slides over videos in the order of their numbers; a track number belongs to one video.
     sigma, tau: thresholds in [0, 2]; calibrated where None. report, if given, is called with (level, labels, noise) four times.
     Raises ValueError for arrays of different lengths, features that are zero or not finite, thresholds out of range.
     """
@@ -307,31 +316,35 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
     for name, value in (("sigma", sigma), ("tau", tau)):
         if value is not None and not 0 <= value <= 2:
             raise ValueError(f"{name}={value}: a cosine distance lies in [0, 2]")
-    video, track = dense(video), dense(track)
-    features = whiten(features, video) if whitening else unit(features)
+    features, video, track, moment = unit(features), dense(video), dense(track), moments(video, frame)
     if sigma is None or tau is None:
         chosen = calibrate(features, video, track, frame)
         sigma, tau = chosen[0] if sigma is None else sigma, chosen[1] if tau is None else tau
-    moment = moments(video, frame)
-    step = lambda level, labels: report and report(level, labels, noise(features, labels, sigma, tau))
-    step("tracklets", track)
+    tell = lambda level, labels: report and report(level, labels, noise(features, labels, sigma, tau))
+    tell("tracklets", track)
     labels = single_tracklet(features, track, moment, sigma, min_images, cannot_link)
-    step("single tracklet", labels)
+    tell("single tracklet", labels)
     labels = single_video(features, labels, video, track, moment, sigma, tau, min_images, cannot_link, recover)
-    step("single video", labels)
+    tell("single video", labels)
     labels = cross_video(features, labels, video, moment, sigma, tau, window, stride, cannot_link)
-    step("cross video", labels)
+    tell("cross video", labels)
     return dense(labels)
 
 
-def denoise_tracklets(tracklets: Tracklets, features: np.ndarray, truth: np.ndarray | None = None, print_line=print, **options) -> tuple[np.ndarray, dict]:
-    """Denoise an index of tracklets, printing a line for each level. features (N, d): a zero row is an unreadable image.
+def denoise_tracklets(tracklets: Tracklets, features: np.ndarray, truth: np.ndarray | None = None, sigma: float | None = None, tau: float | None = None,
+                      print_line=print, **options) -> tuple[np.ndarray, dict]:  # fmt: skip
+    """Whiten, calibrate and denoise an index of tracklets, printing a line for each level.
 
-    Returns the labels (N,) and the figures for log.jsonl: identities, images kept, noise, and F1 where the truth is known.
-    options are those of `denoise`.
+    features (N, d): a zero row is an unreadable image, and gets -1. truth (N,), where it is known, is only measured against.
+    Returns the labels (N,) and the figures for log.jsonl: identities, images kept, noise, thresholds, F1. options: `denoise`'s.
     """
     rows = np.flatnonzero(features.any(1))
     clock, report, full = time.time(), {}, np.full(len(tracklets), -1)
+    video, track, frame = tracklets.video[rows], tracklets.track[rows], tracklets.frame[rows]
+    space = whiten(features[rows], video)
+    chosen = calibrate(space, video, track, frame)
+    sigma, tau = chosen[0] if sigma is None else sigma, chosen[1] if tau is None else tau
+    print_line(f"sigma {sigma:.3f}, tau {tau:.3f} (calibrated from the tracklets: {chosen[0]:.3f}, {chosen[1]:.3f})")
     print_line(f"{'level':<16} identities  images kept   noise: images  identities" + ("   precision  recall     F1" if truth is not None else ""))
 
     def tell(level, labels, share):
@@ -348,10 +361,8 @@ def denoise_tracklets(tracklets: Tracklets, features: np.ndarray, truth: np.ndar
         report.update(identities=int(labels.max() + 1), images_kept=int((labels >= 0).sum()), noise_after=share)
         print_line(line)
 
-    labels = denoise(features[rows], tracklets.video[rows], tracklets.track[rows], tracklets.frame[rows], report=tell, **options)
-    full = np.full(len(tracklets), -1)
-    full[rows] = labels
-    return full, report | {"seconds": time.time() - clock}
+    denoise(space, video, track, frame, sigma, tau, report=tell, **options)
+    return full, report | {"sigma": sigma, "tau": tau, "seconds": time.time() - clock}
 
 
 def show_identities(file, tracklets: Tracklets, labels: np.ndarray, people: int = 12, columns: int = 14) -> None:
@@ -368,3 +379,44 @@ def show_identities(file, tracklets: Tracklets, labels: np.ndarray, people: int 
         sheet += [images[i][0] / 255 for i in rows] + [framed(images[i][0] / 255, (0.9, 0.1, 0.1)) for i in gone]
     if sheet:
         save_image(make_grid(torch.stack(sheet), nrow=columns), file)
+
+
+def main() -> None:
+    """Find the identities of a folder of tracklets with a network's features, and write them as an annotation JSON."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--weights", required=True, help="checkpoint of a run, or backbone weights")
+    parser.add_argument("--data", default="data/walkers", help="folder of tracklets")
+    parser.add_argument("--out", default="identities.json", help="annotation to write; pictures and figures go beside it")
+    parser.add_argument("--arch", help="architecture (default: what the checkpoint says)")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="input size (default: what the checkpoint says)")
+    parser.add_argument("--sigma", type=float, help="intra-identity consistency (default: calibrated)")
+    parser.add_argument("--tau", type=float, help="inter-identity discrimination (default: calibrated)")
+    parser.add_argument("--min_images", type=int, default=2, help="a tracklet that keeps fewer dissolves")
+    parser.add_argument("--window", type=int, default=32, help="videos in the sliding range")
+    parser.add_argument("--stride", type=int, default=16, help="videos by which it moves")
+    parser.add_argument("--workers", type=int, default=1, help="processes that decode images")
+    args = parser.parse_args()
+    out = Path(args.out)
+    if out.exists():
+        raise ValueError(f"{out}: exists already; give another --out")
+    train_folder, test_folder = find_splits(args.data)
+    tracklets = read_tracklets(train_folder)
+    truth = Path(args.data) / "train.json" if test_folder else None
+    truth = read_labels(truth, tracklets) if truth and truth.exists() else None
+    backbone, size, _ = load_backbone(args.weights, args.arch, args.size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{train_folder}: {tracklets}")
+    features = extract(backbone.to(device), tracklets, size, device, args.workers).numpy()
+    options = {key: getattr(args, key) for key in ("sigma", "tau", "min_images", "window", "stride")}
+    labels, report = denoise_tracklets(tracklets, features, truth, **options)
+    write_labels(out, tracklets, labels)
+    out.with_suffix(".summary.json").write_text(json.dumps(report, indent=1) + "\n")
+    show_identities(out.with_suffix(".png"), tracklets, labels)
+    print(f"written: {out}, {out.with_suffix('.summary.json')}, {out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"denoise.py: {error}")

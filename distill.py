@@ -54,7 +54,8 @@ class Views:
         x = crop_resize(images.float() / 255, drawn, self.size)
         for place in range(4):
             for operation, adjust in enumerate(ADJUST):
-                x = at(x, drawn["jitter"] & (drawn["order"][:, place] == operation), adjust, drawn["factors"][:, operation])
+                if self.jitter[operation]:
+                    x = at(x, drawn["jitter"] & (drawn["order"][:, place] == operation), adjust, drawn["factors"][:, operation])
         x = at(x, drawn["grey"], lambda x: grey(x).expand_as(x))
         x = at(x, drawn["sigma"] > 0, blur, drawn["sigma"])
         return at(x, drawn["solarize"], lambda x: torch.where(x >= 0.5, 1 - x, x))
@@ -177,7 +178,7 @@ class Network(nn.Module):
         features, start = [], 0
         for end in range(1, len(crops) + 1):
             if end == len(crops) or crops[end].shape != crops[start].shape:
-                features.append(self.backbone(torch.cat(crops[start:end])))
+                features.append(self.backbone(torch.cat(crops[start:end]).contiguous(memory_format=torch.channels_last)))
                 start = end
         return self.head(torch.cat(features)).unflatten(0, (len(crops), -1))
 

@@ -24,8 +24,7 @@ class IBN(nn.Module):
         self.BN = nn.BatchNorm2d(channels - self.half)
 
     def forward(self, x: Tensor) -> Tensor:
-        style, content = x[:, : self.half], x[:, self.half :]
-        return torch.cat([self.IN(style.contiguous()), self.BN(content.contiguous())], dim=1)
+        return torch.cat([self.IN(x[:, : self.half].contiguous()), self.BN(x[:, self.half :].contiguous())], dim=1)
 
 
 class BasicBlock(nn.Module):
@@ -95,6 +94,9 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for module in self.modules():
+            if isinstance(module, (BasicBlock, Bottleneck)):  # each block starts as its shortcut (Goyal et al., 2017)
+                nn.init.zeros_((module.bn2 if block is BasicBlock else module.bn3).weight)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)  # (B, width, H/4, W/4)

@@ -98,12 +98,12 @@ class Settings:
 
 # The demo differs from the paper where a short run on small images needs it; the README says why, line by line.
 DEMO = dict(
-    size=(64, 32), local_size=(32, 16), canvas=(64, 32), local_crops=2, jitter=(0.2, 0.2, 0.1, 0.05), grey=0.0, blur_sigma=0.5, solarize=0.0,
-    batch=64, K=(4,), epochs=(4,), tracklet_K=(4,), tracklet_epochs=(4,),
+    size=(64, 32), local_size=(32, 16), canvas=(64, 32), local_crops=2, jitter=(0.2, 0.2, 0.0, 0.0), grey=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0,
+    batch=64, K=(2, 4), epochs=(2, 2), tracklet_K=(2,), tracklet_epochs=(4,),
     prototypes=256, hidden=512, bottleneck=64, head_norm=True, centering="sinkhorn",
     lr=1.2e-2, freeze_last=0, ema=(0.95, 0.95), workers=1,
 )  # fmt: skip
-DEMO_LARGE = DEMO | dict(batch=32, epochs=(1,), tracklet_epochs=(1,), lr=4e-3)  # for networks that take seconds a step on a laptop
+DEMO_LARGE = DEMO | dict(batch=32, K=(2, 4), epochs=(0, 1), tracklet_epochs=(1,), lr=4e-3)  # for networks that take seconds a step on a laptop
 MAY_DIFFER = {"workers", "log_every", "save_every"}  # settings that change nothing in the result
 
 
@@ -149,6 +149,9 @@ def check_settings(s: Settings) -> None:
         raise ValueError(f"--centering {s.centering}: expected ema or sinkhorn")
     if s.canvas[0] < s.size[0] or s.canvas[1] < s.size[1]:
         raise ValueError(f"--canvas {s.canvas} is smaller than --size {s.size}")
+    for flag in ("size", "local_size"):
+        if getattr(s, flag)[0] < 32 or getattr(s, flag)[1] < 16:
+            raise ValueError(f"--{flag} {getattr(s, flag)}: the networks need at least 32 16")
     for flag in ("sigma", "tau"):
         if getattr(s, flag) > 2:
             raise ValueError(f"--{flag} {getattr(s, flag)}: a cosine distance lies in [0, 2]")
@@ -189,11 +192,11 @@ class Run:
         self.rank, self.world_size, self.device = join_processes()
         self.folder = Path("runs") / settings.name
         self.stage, self.step, self.results, self.resumed = "tracklet", 0, {}, None
-        self.stop_asked = self.training = False
+        self.stop_asked, self.training = 0, False
         torch.manual_seed(settings.seed)  # the same initial weights on every rank
         backbone = build(settings.arch)
         head = Head(backbone.embed_dim, settings.prototypes, settings.hidden, settings.bottleneck, settings.head_norm)
-        self.student = Network(backbone, head).to(self.device)
+        self.student = Network(backbone, head).to(self.device, memory_format=torch.channels_last)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.center = torch.zeros(settings.prototypes, device=self.device)
         self.unreadable = set()
@@ -249,9 +252,9 @@ class Run:
         """Ctrl-C or SIGTERM: training ends after the step with a checkpoint, anything else ends here."""
         if not self.training or self.stop_asked:
             self.leave(number)
-        self.stop_asked = True
+        self.stop_asked = number
 
-    def leave(self, number: int = signal.SIGINT) -> None:
+    def leave(self, number: int) -> None:
         """Say how to go on, and exit as a process that got this signal does."""
         self.say("stopped", f"{self.folder}/ holds what was done; the same command goes on from there")
         sys.exit(128 + number)
@@ -292,7 +295,7 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
             f"{labels.max() + 1:,} of {(labels >= 0).sum():,} images, {total:,} steps of {s.batch}")  # fmt: skip
 
     student = nn.SyncBatchNorm.convert_sync_batchnorm(run.student) if run.device.type == "cuda" and world_size > 1 else run.student
-    network = DistributedDataParallel(student, broadcast_buffers=False)  # batch norm's own statistics serve the teacher only
+    network = DistributedDataParallel(student)
     decayed = [p for p in student.parameters() if p.ndim > 1]
     others = [p for p in student.parameters() if p.ndim <= 1]  # biases and norms
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=0.0)
@@ -332,7 +335,7 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
 
             optimizer.zero_grad()
             loss.backward()
-            gauge = torch.stack([loss.detach(), teacher_entropy(p), torch.tensor(float(run.stop_asked), device=run.device)])
+            gauge = torch.stack([loss.detach(), teacher_entropy(p), torch.tensor(float(run.stop_asked > 0), device=run.device)])
             loss_value, entropy, stop = (all_reduce(gauge) / world_size).tolist()
             if not math.isfinite(loss_value):
                 raise FloatingPointError(f"the loss is {loss_value} at step {step} of stage {run.stage!r}; {run.folder}/last.pt is the last good state. "
@@ -357,7 +360,7 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
             if stop or run.step % s.save_every == 0 or run.step == total or run.step == done + steps:
                 run.save(optimizer)
             if stop:
-                run.leave()
+                run.leave(run.stop_asked or signal.SIGTERM)
         done += steps
     run.training = False
 

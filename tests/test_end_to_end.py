@@ -1,0 +1,162 @@
+"""The scripts as a user runs them: from tracklets to mAP, in one process and in two, stopped and resumed."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+
+TINY = "--recipe demo --arch r10ibn --size 32 16 --local_size 32 16 --canvas 32 16 --batch 16 --hidden 32 --bottleneck 16 --prototypes 32 " \
+       "--tracklet_epochs 1 --K 2 4 --epochs 1 1 --log_every 5 --workers 0".split()  # fmt: skip
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def command(script, *flags, launcher=(sys.executable,)):
+    return [*launcher, str(ROOT / script), *map(str, flags)]
+
+
+def run(folder, *args, launcher=(sys.executable,), fails=False):
+    """Run a script in a folder; its output, after checking the exit code."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    result = subprocess.run(command(*args, launcher=launcher), cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert (result.returncode != 0) == fails, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def events(folder, kind):
+    return [e for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if e["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def finished(walkers, tmp_path_factory):
+    """A folder in which one tiny run under torchrun has come to its end, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run(folder, "train.py", "--data", walkers, "--name", "tiny", *TINY, launcher=TORCHRUN)
+
+
+def test_the_whole_chain_leaves_what_it_promises(finished, walkers):
+    folder, output = finished
+    tiny = folder / "runs" / "tiny"
+    for name in ("last.pt", "log.jsonl", "identities.json", "crops.png", "denoised.png", "retrieval.png"):
+        assert (tiny / name).stat().st_size > 500, name
+    for line in ("data", "stage 1", "denoise", "cross video", "stage 2", "result"):
+        assert line in output
+    assert [e["stage"] for e in events(tiny, "evaluate")] == ["random", "tracklet", "cion"]
+    for e in events(tiny, "evaluate"):
+        assert 0 < e["mAP"] <= 1 and e["R1"] <= e["R5"] <= e["R10"] <= 1
+    stages = [e["stage"] for e in events(tiny, "train")]
+    assert stages == sorted(stages, reverse=True) and {"tracklet", "cion"} == set(stages)
+    assert all(np.isfinite(e["loss"]) and e["images_per_second"] > 0 for e in events(tiny, "train"))
+    (denoised,) = events(tiny, "denoise")
+    assert denoised["identities"] > 1 and denoised["noise_after"][0] <= denoised["noise_before"][0] and 0 < denoised["f1_tracklets"] < 1 and "f1" in denoised
+    labels = data.read_labels(tiny / "identities.json", data.read_tracklets(walkers / "train"))
+    assert labels.max() + 1 == denoised["identities"] and (labels >= 0).sum() == denoised["images_kept"]
+
+
+def test_training_changed_the_weights_and_kept_them_finite(finished):
+    state = torch.load(finished[0] / "runs" / "tiny" / "last.pt", weights_only=True)
+    assert state["stage"] == "done"
+    assert not torch.equal(state["teacher"]["backbone.conv1.weight"], state["student"]["backbone.conv1.weight"])
+    assert all(torch.isfinite(v).all() for v in state["teacher"].values() if v.is_floating_point())
+
+
+def test_evaluate_gives_the_same_number_again(finished, walkers):
+    folder, _ = finished
+    output = run(folder, "evaluate.py", "--weights", "runs/tiny/last.pt", "--data", walkers, "--workers", 0)
+    last = events(folder / "runs" / "tiny", "evaluate")[-1]
+    assert f"{last['mAP']:.1%}" in output and f"{last['R1']:.1%}" in output
+
+
+def test_denoise_alone_writes_an_annotation_that_training_takes(finished, walkers):
+    folder, _ = finished
+    output = run(folder, "denoise.py", "--weights", "runs/tiny/last.pt", "--data", walkers, "--workers", 0, "--out", "mine.json")
+    assert "cross video" in output and "F1" in output
+    assert (folder / "mine.png").exists() and json.loads((folder / "mine.summary.json").read_text())["identities"] > 1
+    assert "exists already" in run(folder, "denoise.py", "--weights", "runs/tiny/last.pt", "--data", walkers, "--out", "mine.json", fails=True)
+    output = run(folder, "train.py", "--data", walkers, "--labels", "mine.json", "--name", "labelled", *TINY)
+    assert "stage 2" in output and "stage 1" not in output and "denoise " not in output
+    output = run(folder, "train.py", "--data", walkers, "--weights", "runs/tiny/last.pt", "--name", "weighted", *TINY)
+    assert "tensors matched, 0 missing" in output and "denoise" in output and "stage 1" not in output
+
+
+def test_the_same_command_again_says_that_it_is_done(finished, walkers):
+    folder, _ = finished
+    before = (folder / "runs" / "tiny" / "log.jsonl").read_text()
+    output = run(folder, "train.py", "--data", walkers, "--name", "tiny", *TINY)
+    assert "at its end" in output and (folder / "runs" / "tiny" / "log.jsonl").read_text() == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished, walkers):
+    folder, _ = finished
+    output = run(folder, "train.py", "--data", walkers, "--name", "tiny", *TINY, "--lr", "0.5", fails=True)
+    assert "made with other settings" in output and "--lr" in output
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, walkers, tmp_path):
+    """SIGTERM in the middle of stage 1: a checkpoint is written, and the same command ends with the same weights."""
+    arguments = command("train.py", "--data", walkers, "--name", "tiny", *TINY)
+    process = subprocess.Popen(arguments, cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "step" in line and "left" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM and "the same command goes on" in rest
+    halfway = torch.load(tmp_path / "runs" / "tiny" / "last.pt", weights_only=True)
+    assert halfway["stage"] == "tracklet" and halfway["step"] > 0
+    with open(tmp_path / "runs" / "tiny" / "log.jsonl", "a") as log:
+        log.write('{"event": "train", "stage": "tracklet", "step": 999}\n')  # logged after the checkpoint, then lost
+    assert "resume" in run(tmp_path, "train.py", "--data", walkers, "--name", "tiny", *TINY)
+    ends = [torch.load(folder / "runs" / "tiny" / "last.pt", weights_only=True)["teacher"] for folder in (finished[0], tmp_path)]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    steps = [[(e["stage"], e["step"], e["loss"]) for e in events(folder / "runs" / "tiny", "train")] for folder in (finished[0], tmp_path)]
+    assert steps[0] == steps[1]
+
+
+def test_two_processes_run_the_same_chain(finished, walkers, tmp_path):
+    run(tmp_path, "train.py", "--data", walkers, "--name", "tiny", *TINY, launcher=[*TORCHRUN, "--nproc_per_node=2"])
+    one, two = (events(folder / "runs" / "tiny", "evaluate") for folder in (finished[0], tmp_path))
+    assert [e["stage"] for e in two] == [e["stage"] for e in one]
+    assert two[0]["mAP"] == pytest.approx(one[0]["mAP"], abs=1e-6)  # random weights: the same network, shared extraction
+    one, two = (events(folder / "runs" / "tiny", "train") for folder in (finished[0], tmp_path))
+    assert [e["step"] for e in two] == [e["step"] for e in one][: len(two)] or len(two) > 1
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], abs=0.2)  # batch norm sees half the batch, so not the same
+
+
+def test_what_cannot_work_is_said_before_the_first_step(walkers, tmp_path):
+    assert "no such folder" in run(tmp_path, "train.py", "--data", tmp_path / "nowhere", *TINY, fails=True)
+    (tmp_path / "empty").mkdir()
+    assert "no JPEG files" in run(tmp_path, "train.py", "--data", tmp_path / "empty", *TINY, fails=True)
+    assert "is not a multiple of K=4" in run(tmp_path, "train.py", "--data", walkers, *TINY, "--batch", 4, launcher=[*TORCHRUN, "--nproc_per_node=2"], fails=True)
+    (tmp_path / "bad.json").write_text('[{"file_path": "../../etc/passwd.jpg", "id": 1}]')
+    assert "leave the root" in run(tmp_path, "train.py", "--data", walkers, "--labels", "bad.json", *TINY, fails=True)
+    torch.save({"layer9.weight": torch.ones(3)}, tmp_path / "bad.pt")
+    assert "of the model's parameters matched" in run(tmp_path, "train.py", "--data", walkers, "--weights", "bad.pt", *TINY, fails=True)
+
+
+def test_a_few_broken_images_are_skipped_and_reported_many_stop_the_run(walkers, tmp_path):
+    shutil.copytree(walkers, tmp_path / "set")
+    t = data.read_tracklets(tmp_path / "set" / "train")
+    (tmp_path / "set" / "train" / t.path(3)).write_bytes(b"broken")
+    output = run(tmp_path, "train.py", "--data", "set", "--name", "broken", *TINY)
+    assert "1 unreadable images were skipped" in output
+    labels = data.read_labels(tmp_path / "runs" / "broken" / "identities.json", t)
+    assert labels[3] == -1
+    for i in range(0, len(t), 20):
+        (tmp_path / "set" / "train" / t.path(i)).write_bytes(b"broken")
+    assert "cannot be read as JPEG" in run(tmp_path, "train.py", "--data", "set", "--name", "other", *TINY, fails=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(walkers, tmp_path):
+    output = run(tmp_path, "train.py", "--data", walkers, "--name", "nan", *TINY, "--teacher_temp", "0", fails=True)
+    assert "the loss is nan" in output
+    state = torch.load(tmp_path / "runs" / "nan" / "last.pt", weights_only=True)
+    assert all(torch.isfinite(v).all() for v in state["teacher"].values() if v.is_floating_point())
