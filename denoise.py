@@ -270,7 +270,7 @@ def cross_video(features: np.ndarray, labels: np.ndarray, video: np.ndarray, mom
     return labels
 
 
-def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, high: float = 0.99, low: float = 0.03) -> tuple[float, float]:
+def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, high: float = 0.995, low: float = 0.05) -> tuple[float, float]:
     """sigma and tau from the data, without a label: images of one tracklet are mostly one person, two tracklets seen in one
     frame are two people.
 

@@ -101,7 +101,7 @@ DEMO = dict(
     size=(64, 32), local_size=(32, 16), canvas=(64, 32), local_crops=2, jitter=(0.2, 0.2, 0.0, 0.0), grey=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0,
     batch=64, K=(2, 4), epochs=(2, 2), tracklet_K=(2,), tracklet_epochs=(4,),
     prototypes=256, hidden=512, bottleneck=64, head_norm=True, centering="sinkhorn",
-    lr=1.2e-2, freeze_last=0, ema=(0.95, 0.95), workers=1,
+    lr=6e-3, freeze_last=0, ema=(0.95, 0.95), workers=1,
 )  # fmt: skip
 DEMO_LARGE = DEMO | dict(batch=32, K=(2, 4), epochs=(0, 1), tracklet_epochs=(1,), lr=4e-3)  # for networks that take seconds a step on a laptop
 MAY_DIFFER = {"workers", "log_every", "save_every"}  # settings that change nothing in the result
