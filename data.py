@@ -181,13 +181,14 @@ class Images(Dataset):
         except (RuntimeError, OSError):
             return torch.zeros(3, *self.canvas, dtype=torch.uint8), False
         if image.shape[1:] != self.canvas:
-            image = F.interpolate(image[None].float(), self.canvas, mode="bilinear", antialias=True)[0].round().byte()
+            image = F.interpolate(image[None], self.canvas, mode="bilinear", antialias=True)[0]
         return image, True
 
 
 def ignore_signals(_=None) -> None:
     """Loader workers leave Ctrl-C and SIGTERM to the process that feeds them, which has a checkpoint to write."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def load_batches(tracklets: Tracklets, batches, canvas: tuple[int, int], workers: int = 0) -> DataLoader:
@@ -325,7 +326,7 @@ def track_people(random, people: int, videos: int, frames: tuple[int, int], swit
         for _ in range(random.integers(0, 3)):  # false tracklets: no person at all
             n = random.integers(3, 8)
             tick, drift = random.integers(0, 2 * frames[1]) + np.arange(n), random.uniform(0, 1) + np.zeros(n)
-            walks.append({"tick": tick, "person": np.full(n, -1), "track": np.full(n, tracks), "heading": drift, "phase": drift, "place": drift})
+            walks.append({"tick": tick, "person": np.full(n, -1), "track": np.full(n, tracks)} | dict.fromkeys(("heading", "phase", "place"), drift))
             tracks += 1
         for walk in walks:
             rows.append(walk | {"video": np.full(len(walk["tick"]), video)})
@@ -383,15 +384,17 @@ def draw_boxes(random, looks: dict, cameras: dict, boxes: dict) -> np.ndarray:
 
     low, aside = uniform(0.55, 0.9, 1), uniform(0.05, 0.2, 1)  # occluders: a block that enters from below, another from a side
     for covered in (y > low)[:, :, None], (x * random.choice([-1, 1], (n, 1)) > aside)[:, None, :]:
-        covered = covered & (random.random((n, 1, 1)) < 0.15)
-        image = np.where(covered[:, None], uniform(0.1, 0.9, 3, 1, 1), image)
+        colour = uniform(0.1, 0.9, 3, 1, 1)
+        for i in np.flatnonzero(random.random(n) < 0.15):
+            image[i] = np.where(covered[i], colour[i], image[i])
 
     lit = np.linspace(0, 1, 256, dtype=np.float32) ** cameras["gamma"][:, None]  # gamma as a table, (videos, 256)
-    video = boxes["video"][:, None, None, None]
-    image = lit[video, (image * 255).astype(np.uint8)] * cameras["gain"][boxes["video"], :, None, None]
+    levels = (image * 255).astype(np.uint8)
+    for i, video in enumerate(boxes["video"]):
+        image[i] = lit[video][levels[i]] * cameras["gain"][video, :, None, None]
     weight = uniform(0, 0.33, 1, 1, 1)  # blur along y, then x: three taps
-    for axis in (2, 3):
-        image = (1 - 2 * weight) * image + weight * (np.roll(image, 1, axis) + np.roll(image, -1, axis))
+    image[:, :, 1:-1] += weight * (image[:, :, :-2] + image[:, :, 2:] - 2 * image[:, :, 1:-1])
+    image[..., 1:-1] += weight * (image[..., :-2] + image[..., 2:] - 2 * image[..., 1:-1])
     image += uniform(0.005, 0.03, 1, 1, 1) * random.standard_normal(image.shape, np.float32)
     return (image.clip(0, 1) * 255).astype(np.uint8)
 

@@ -128,7 +128,36 @@ def trim(features: np.ndarray, sigma: float) -> np.ndarray:
     return kept
 
 
-def single_tracklet(features: np.ndarray, track: np.ndarray, moment: np.ndarray, sigma: float, min_images: int = 2, cannot_link: bool = True) -> np.ndarray:
+def split_switches(features: np.ndarray, track: np.ndarray, frame: np.ndarray, tau: float, shortest: int = 2) -> np.ndarray:
+    """Cut tracklets where the tracker went over to somebody else: two parts as far apart as two people are two people.
+
+    Each tracklet is cut in time where that explains most of its variance, if the parts' centroids are at least tau apart, and
+    so on within the parts, which keep `shortest` images or more. A needless cut costs little: level 2 merges the parts again.
+    Not in the paper; without it half a tracklet pulls the other half's centroid along, and level 1 finds nobody to drop.
+    features: unit rows (N, d). Returns track numbers (N,), 0..n-1.
+    """
+    order = np.lexsort((frame, track))
+    waiting, parts = [order[rows] for rows in group_rows(track[order])], []
+    while waiting:
+        rows = waiting.pop()
+        sizes = np.arange(shortest, len(rows) - shortest + 1)  # of the first part
+        if len(sizes):
+            sums = features[rows].cumsum(0)
+            first, second = sums[sizes - 1], sums[-1] - sums[sizes - 1]
+            a, b = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1)
+            best = (a**2 / sizes + b**2 / (len(rows) - sizes)).argmax()
+            if first[best] @ second[best] <= (1 - tau) * a[best] * b[best]:
+                waiting += [rows[: sizes[best]], rows[sizes[best] :]]
+                continue
+        parts.append(rows)
+    out = np.empty(len(track), np.int64)
+    for n, rows in enumerate(sorted(parts, key=lambda rows: (track[rows[0]], frame[rows[0]]))):
+        out[rows] = n
+    return out
+
+
+def single_tracklet(features: np.ndarray, track: np.ndarray, moment: np.ndarray, sigma: float, min_images: int = 2,
+                    cannot_link: bool = True) -> np.ndarray:  # fmt: skip
     """Level 1: what is consistent in each tracklet. Labels (N,), the tracklet's number, or -1 for anomalies.
 
     features: unit rows (N, d). track: (N,), -1 to leave an image out. moment: (N,), the same where video and frame are.
@@ -195,8 +224,8 @@ def merge(identities: list[np.ndarray], rule: Rule) -> list[list[int]]:
     return [groups[n] for n in np.flatnonzero(alive[: len(groups)])]
 
 
-def single_video(features: np.ndarray, labels: np.ndarray, video: np.ndarray, track: np.ndarray, moment: np.ndarray, sigma: float, tau: float,
-                 min_images: int = 2, cannot_link: bool = True, recover: bool = True) -> np.ndarray:  # fmt: skip
+def single_video(features: np.ndarray, labels: np.ndarray, video: np.ndarray, track: np.ndarray, moment: np.ndarray,
+                 sigma: float, tau: float, min_images: int = 2, cannot_link: bool = True, recover: bool = True) -> np.ndarray:  # fmt: skip
     """Level 2: identities within each video, out of level 1's labels. Labels (N,), -1 for what fits nowhere.
 
     (a) merge fragments, (b) give each anomaly to the nearest identity that it fits, (c) take what is left of a tracklet's
@@ -270,7 +299,8 @@ def cross_video(features: np.ndarray, labels: np.ndarray, video: np.ndarray, mom
     return labels
 
 
-def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, high: float = 0.995, low: float = 0.05) -> tuple[float, float]:
+def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, high: float = 0.995,
+              low: float = 0.05) -> tuple[float, float]:  # fmt: skip
     """sigma and tau from the data, without a label: images of one tracklet are mostly one person, two tracklets seen in one
     frame are two people.
 
@@ -301,12 +331,12 @@ def moments(video: np.ndarray, frame: np.ndarray) -> np.ndarray:
 
 
 def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int = 2, window: int = 32, stride: int = 16,
-            cannot_link: bool = True, recover: bool = True, report=None) -> np.ndarray:  # fmt: skip
+            split: bool = True, cannot_link: bool = True, recover: bool = True, report=None) -> np.ndarray:  # fmt: skip
     """Identities from tracklets: calibration and the three levels. Labels int64 (N,), 0..n-1, -1 for noise.
 
     features: (N, d), any float type, normalised here; those of a network are worth far more after `whiten`. video, track,
     frame: integers (N,); the range slides over videos in the order of their numbers; a track number belongs to one video.
-    sigma, tau: thresholds in [0, 2]; calibrated where None. report, if given, is called with (level, labels, noise) four times.
+    sigma, tau: thresholds in [0, 2]; calibrated where None. report, if given, is called with (level, labels, noise) after each step.
     Raises ValueError for arrays of different lengths, features that are zero or not finite, thresholds out of range.
     """
     video, track, frame = (np.asarray(a) for a in (video, track, frame))
@@ -322,6 +352,9 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
         sigma, tau = chosen[0] if sigma is None else sigma, chosen[1] if tau is None else tau
     tell = lambda level, labels: report and report(level, labels, noise(features, labels, sigma, tau))
     tell("tracklets", track)
+    if split:
+        track = split_switches(features, track, frame, tau)
+        tell("switches split", track)
     labels = single_tracklet(features, track, moment, sigma, min_images, cannot_link)
     tell("single tracklet", labels)
     labels = single_video(features, labels, video, track, moment, sigma, tau, min_images, cannot_link, recover)
@@ -331,8 +364,8 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
     return dense(labels)
 
 
-def denoise_tracklets(tracklets: Tracklets, features: np.ndarray, truth: np.ndarray | None = None, sigma: float | None = None, tau: float | None = None,
-                      print_line=print, **options) -> tuple[np.ndarray, dict]:  # fmt: skip
+def denoise_tracklets(tracklets: Tracklets, features: np.ndarray, truth: np.ndarray | None = None, sigma: float | None = None,
+                      tau: float | None = None, print_line=print, **options) -> tuple[np.ndarray, dict]:  # fmt: skip
     """Whiten, calibrate and denoise an index of tracklets, printing a line for each level.
 
     features (N, d): a zero row is an unreadable image, and gets -1. truth (N,), where it is known, is only measured against.
@@ -345,7 +378,8 @@ def denoise_tracklets(tracklets: Tracklets, features: np.ndarray, truth: np.ndar
     chosen = calibrate(space, video, track, frame)
     sigma, tau = chosen[0] if sigma is None else sigma, chosen[1] if tau is None else tau
     print_line(f"sigma {sigma:.3f}, tau {tau:.3f} (calibrated from the tracklets: {chosen[0]:.3f}, {chosen[1]:.3f})")
-    print_line(f"{'level':<16} identities  images kept   noise: images  identities" + ("   precision  recall     F1" if truth is not None else ""))
+    header = f"{'level':<16} identities  images kept   noise: images  identities"
+    print_line(header + ("   precision  recall     F1" if truth is not None else ""))
 
     def tell(level, labels, share):
         nonlocal full

@@ -193,7 +193,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 # ---------------------------------------------------------------- loss
 
 
-def identity_loss(student: Tensor, teacher: Tensor, center: Tensor, K: int, student_temp: float = 0.1, teacher_temp: float = 0.04) -> Tensor:
+def identity_loss(student: Tensor, teacher: Tensor, center: Tensor, K: int, student_temp: float = 0.1,
+                  teacher_temp: float = 0.04) -> Tensor:  # fmt: skip
     """CION's loss with the running center (paper, equations 5 to 7). Scalar.
 
     student: logits (V, B, D), the first two views global. teacher: logits (2, B, D). center: (D,). The batch is ordered by

@@ -32,7 +32,8 @@ def evaluate(query, gallery, query_ids, gallery_ids, query_cams, gallery_cams, b
     features are not finite or no query has a match.
     """
     query, gallery = (torch.as_tensor(np.asarray(f), dtype=torch.float32) for f in (query, gallery))
-    query_ids, gallery_ids, query_cams, gallery_cams = (torch.as_tensor(np.asarray(a)) for a in (query_ids, gallery_ids, query_cams, gallery_cams))
+    ids_and_cams = (query_ids, gallery_ids, query_cams, gallery_cams)
+    query_ids, gallery_ids, query_cams, gallery_cams = (torch.as_tensor(np.asarray(a)) for a in ids_and_cams)
     for name, features in (("query", query), ("gallery", gallery)):
         bad = (~torch.isfinite(features)).any(1).nonzero()[:, 0].tolist()
         if bad:

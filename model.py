@@ -267,7 +267,8 @@ def read_checkpoint(file) -> dict:
 
 def backbone_weights(checkpoint: dict) -> dict[str, Tensor]:
     """The backbone's state dict inside any supported checkpoint, the teacher's where there is one, without wrappers' prefixes."""
-    state = next((checkpoint[key] for key in ("teacher", "student", "state_dict", "model") if isinstance(checkpoint.get(key), dict)), checkpoint)
+    nested = [checkpoint[key] for key in ("teacher", "student", "state_dict", "model") if isinstance(checkpoint.get(key), dict)]
+    state = nested[0] if nested else checkpoint
     names = {}
     for name, value in state.items():
         for prefix in ("module.", "backbone.", "base."):

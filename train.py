@@ -67,6 +67,7 @@ class Settings:
     epochs: tuple[int, ...] = (40, 20, 20, 20)  # stage 2: epochs of each phase
     tracklet_K: tuple[int, ...] = (2,)  # stage 1: the same
     tracklet_epochs: tuple[int, ...] = (20,)  # stage 1: the same
+    epoch_steps: int = 0  # longest epoch, in steps; 0: every image once
     # head and loss
     prototypes: int = 65536  # D, the width of the head's output
     hidden: int = 2048  # width of the head's layers
@@ -98,12 +99,13 @@ class Settings:
 
 # The demo differs from the paper where a short run on small images needs it; the README says why, line by line.
 DEMO = dict(
-    size=(64, 32), local_size=(32, 16), canvas=(64, 32), local_crops=2, jitter=(0.2, 0.2, 0.0, 0.0), grey=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0,
+    size=(64, 32), local_size=(32, 16), canvas=(64, 32), local_crops=2,
+    jitter=(0.2, 0.2, 0.0, 0.0), grey=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0,
     batch=64, K=(2, 4), epochs=(2, 2), tracklet_K=(2,), tracklet_epochs=(4,),
     prototypes=256, hidden=512, bottleneck=64, head_norm=True, centering="sinkhorn",
     lr=6e-3, freeze_last=0, ema=(0.95, 0.95), workers=1,
 )  # fmt: skip
-DEMO_LARGE = DEMO | dict(batch=32, K=(2, 4), epochs=(0, 1), tracklet_epochs=(1,), lr=4e-3)  # for networks that take seconds a step on a laptop
+DEMO_LARGE = DEMO | dict(batch=32, K=(4,), epochs=(1,), tracklet_epochs=(1,), epoch_steps=110)  # networks that take seconds a step
 MAY_DIFFER = {"workers", "log_every", "save_every"}  # settings that change nothing in the result
 
 
@@ -139,7 +141,7 @@ def check_settings(s: Settings) -> None:
     """Raises ValueError for settings that cannot work, before anything is read or drawn."""
     for stage, Ks, epochs in (("", s.K, s.epochs), ("tracklet_", s.tracklet_K, s.tracklet_epochs)):
         if len(Ks) != len(epochs):
-            raise ValueError(f"--{stage}K has {len(Ks)} phases and --{stage}epochs {len(epochs)}: give one number of epochs for each K")
+            raise ValueError(f"--{stage}K has {len(Ks)} phases and --{stage}epochs {len(epochs)}: give a number of epochs for each K")
         if min(Ks) < 1 or min(epochs) < 0:
             raise ValueError(f"--{stage}K {Ks} --{stage}epochs {epochs}: expected K of 1 and more, epochs of 0 and more")
         for K in Ks:
@@ -177,7 +179,7 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, end: float) -
 def plan_epochs(labels: np.ndarray, s: Settings, Ks, epochs) -> list[tuple[int, int]]:
     """(K, steps) of every epoch of a stage. The schedules run over their sum: steps per epoch change with K, and laying them
     out for the first K, as the released code does, runs off their end."""
-    steps = {K: len(sample_identities(labels, K, s.batch, s.seed, 0)) for K in Ks}
+    steps = {K: min(len(sample_identities(labels, K, s.batch, s.seed, 0)), s.epoch_steps or 10**9) for K in Ks}
     return [(K, steps[K]) for K, n in zip(Ks, epochs) for _ in range(n)]
 
 
@@ -197,6 +199,8 @@ class Run:
         backbone = build(settings.arch)
         head = Head(backbone.embed_dim, settings.prototypes, settings.hidden, settings.bottleneck, settings.head_norm)
         self.student = Network(backbone, head).to(self.device, memory_format=torch.channels_last)
+        if self.device.type == "cuda" and self.world_size > 1:  # batch statistics over all processes; CPUs keep their own
+            self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.center = torch.zeros(settings.prototypes, device=self.device)
         self.unreadable = set()
@@ -286,83 +290,87 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
 
     Raises ValueError where images are unreadable or identities too few, FloatingPointError where the loss is not finite.
     """
-    s, rank, world_size = run.settings, run.rank, run.world_size
-    local = s.batch // world_size
+    s, local = run.settings, run.settings.batch // run.world_size
     plan = plan_epochs(labels, s, Ks, epochs)
     total = sum(steps for _, steps in plan)
-    warmup, peak = max(1, round(s.warmup * total)), s.lr * s.batch / 256
-    run.say(f"stage {1 if run.stage == 'tracklet' else 2}", f"{'tracklet' if run.stage == 'tracklet' else 'cross-video'} identities: "
-            f"{labels.max() + 1:,} of {(labels >= 0).sum():,} images, {total:,} steps of {s.batch}")  # fmt: skip
+    number, what = (1, "tracklet") if run.stage == "tracklet" else (2, "cross-video")
+    run.say(f"stage {number}", f"{what} identities: {labels.max() + 1:,} of {(labels >= 0).sum():,} images, {total:,} steps of {s.batch}")
 
-    student = nn.SyncBatchNorm.convert_sync_batchnorm(run.student) if run.device.type == "cuda" and world_size > 1 else run.student
-    network = DistributedDataParallel(student)
-    decayed = [p for p in student.parameters() if p.ndim > 1]
-    others = [p for p in student.parameters() if p.ndim <= 1]  # biases and norms
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=0.0)
+    network = DistributedDataParallel(run.student)
+    groups = [[p for p in run.student.parameters() if p.ndim > 1], [p for p in run.student.parameters() if p.ndim <= 1]]
+    optimizer = torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=0.0)  # biases, norms
     if run.resumed:
         optimizer.load_state_dict(run.resumed)
         run.resumed = None
-    kinds = view_kinds(s)
-    run.training, warned, clock, timed = True, False, time.time(), 0
+    run.training, warned, clock, first_step = True, False, time.time(), run.step
     done = 0  # steps before this epoch
     for epoch, (K, steps) in enumerate(plan, start=first_epoch):
-        if run.step >= done + steps:
-            done += steps
+        start = run.step - done
+        done += steps
+        if start >= steps:
             continue
-        batches = sample_identities(labels, K, s.batch, s.seed, epoch)[run.step - done :, rank * local : (rank + 1) * local]
-        for batch, (images, readable) in zip(batches, load_batches(tracklets, list(batches), s.canvas, s.workers)):
+        mine = sample_identities(labels, K, s.batch, s.seed, epoch)[start:steps, run.rank * local : (run.rank + 1) * local]
+        for rows, (images, readable) in zip(mine, load_batches(tracklets, list(mine), s.canvas, s.workers)):
             if not readable.all():
-                run.unreadable.update(batch[~readable.numpy()].tolist())
+                run.unreadable.update(rows[~readable.numpy()].tolist())
                 refuse_unreadable(tracklets, run.unreadable, len(tracklets))
                 images = replace_unreadable(images, readable, K)
-            step = run.step
-            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr = learning_rate(step, total, warmup, peak, s.min_lr)
-            optimizer.param_groups[0]["weight_decay"] = cosine(step, total, *s.weight_decay)
+            frozen = epoch - first_epoch < s.freeze_last
+            loss, entropy, used, lr, stop = train_step(run, network, optimizer, images, K, epoch, total, frozen)
 
-            generator = torch.Generator().manual_seed(int(np.random.SeedSequence([s.seed, epoch, step]).generate_state(1)[0]))
-            views = make_views(images.to(run.device, non_blocking=True), kinds, generator, rank, world_size)
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
-                with torch.no_grad():
-                    run.teacher.train()
-                    taught = run.teacher(views[:2])  # (2, B, D)
-                logits = network(views)  # (V, B, D)
-            if s.centering == "sinkhorn":
-                p = sinkhorn(taught, s.teacher_temp)
-            else:
-                p = torch.softmax((taught.float() - run.center) / s.teacher_temp, dim=-1)
-                run.center = update_center(run.center, taught, s.center_momentum)
-            loss = matching_loss(logits, p, K, s.student_temp)
-
-            optimizer.zero_grad()
-            loss.backward()
-            gauge = torch.stack([loss.detach(), teacher_entropy(p), torch.tensor(float(run.stop_asked > 0), device=run.device)])
-            loss_value, entropy, stop = (all_reduce(gauge) / world_size).tolist()
-            if not math.isfinite(loss_value):
-                raise FloatingPointError(f"the loss is {loss_value} at step {step} of stage {run.stage!r}; {run.folder}/last.pt is the last good state. "
-                                         f"Try a lower --lr (now {s.lr}) under another --name")  # fmt: skip
-            clip_gradients(student, s.clip)
-            if epoch - first_epoch < s.freeze_last:
-                student.head.last_layer.weight.grad = None
-            optimizer.step()
-            update_teacher(run.teacher, student, cosine(step, total, *s.ema))
-            run.step += 1
-            timed += 1
-
-            if not warned and step > total // 4:
-                used = len(p.argmax(-1).unique())
-                warned = warn_of_collapse(run, loss_value, entropy, used)
+            if not warned and run.step > total // 4:
+                warned = warn_of_collapse(run, loss, entropy, used)
             if run.step % s.log_every == 0 or run.step == total:
-                rate = timed * s.batch / (time.time() - clock)
+                rate = (run.step - first_step) * s.batch / (time.time() - clock)
                 left = (total - run.step) * s.batch / rate
-                run.say("", f"step {run.step:>5,}/{total:,}  K {K}  loss {loss_value:.3f} of {math.log(s.prototypes):.3f}  "
-                        f"entropy {entropy / math.log(s.prototypes):4.0%}  lr {lr:.1e}  {rate:6,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")  # fmt: skip
-                run.log("train", stage=run.stage, step=run.step, epoch=epoch, K=K, loss=loss_value, entropy=entropy, lr=lr, images_per_second=rate)
-            if stop or run.step % s.save_every == 0 or run.step == total or run.step == done + steps:
+                uniform = math.log(s.prototypes)
+                run.say("", f"step {run.step:>5,}/{total:,}  K {K}  loss {loss:.3f} of {uniform:.3f}  entropy {entropy / uniform:4.0%}  "
+                        f"lr {lr:.1e}  {rate:6,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")  # fmt: skip
+                run.log("train", stage=run.stage, step=run.step, epoch=epoch, K=K, loss=loss, entropy=entropy, lr=lr, images_per_second=rate)
+            if stop or run.step % s.save_every == 0 or run.step == done:
                 run.save(optimizer)
             if stop:
                 run.leave(run.stop_asked or signal.SIGTERM)
-        done += steps
     run.training = False
+
+
+def train_step(run: Run, network: nn.Module, optimizer, images: torch.Tensor, K: int, epoch: int, total: int, frozen: bool) -> tuple:
+    """One step on this rank's uint8 images (B, 3, H, W): loss, teacher entropy (both over all ranks), prototypes used here, lr,
+    and whether any rank was asked to stop. `frozen` keeps the prototypes as they are."""
+    s, step = run.settings, run.step
+    lr = learning_rate(step, total, max(1, round(s.warmup * total)), s.lr * s.batch / 256, s.min_lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.param_groups[0]["weight_decay"] = cosine(step, total, *s.weight_decay)
+
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([s.seed, epoch, step]).generate_state(1)[0]))
+    views = make_views(images.to(run.device, non_blocking=True), view_kinds(s), generator, run.rank, run.world_size)
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
+        with torch.no_grad():
+            run.teacher.train()  # it normalises by its own batch, as the student does
+            taught = run.teacher(views[:2])  # (2, B, D)
+        logits = network(views)  # (V, B, D)
+    if s.centering == "sinkhorn":
+        p = sinkhorn(taught, s.teacher_temp)
+    else:
+        p = torch.softmax((taught.float() - run.center) / s.teacher_temp, dim=-1)
+        run.center = update_center(run.center, taught, s.center_momentum)
+    loss = matching_loss(logits, p, K, s.student_temp)
+    optimizer.zero_grad()
+    loss.backward()
+
+    gauge = torch.stack([loss.detach(), teacher_entropy(p), torch.tensor(float(run.stop_asked > 0), device=run.device)])
+    mean_loss, entropy, stop = (all_reduce(gauge) / run.world_size).tolist()
+    if not math.isfinite(mean_loss):
+        raise FloatingPointError(f"the loss is {mean_loss} at step {step} of stage {run.stage!r}; {run.folder}/last.pt is the last good "
+                                 f"state. Try a lower --lr (now {s.lr}) under another --name")  # fmt: skip
+    clip_gradients(run.student, s.clip)
+    if frozen:
+        run.student.head.last_layer.weight.grad = None
+    optimizer.step()
+    update_teacher(run.teacher, run.student, cosine(step, total, *s.ema))
+    run.step += 1
+    return mean_loss, entropy, len(p.argmax(-1).unique()), lr, stop > 0
 
 
 def clip_gradients(network: nn.Module, largest: float) -> None:
@@ -405,7 +413,8 @@ def main() -> None:
         signal.signal(number, run.on_signal)
     for K in s.K + s.tracklet_K:
         if s.batch % (run.world_size * K):
-            raise ValueError(f"--batch {s.batch} over {run.world_size} processes is not a multiple of K={K}: identities are not split over processes")
+            raise ValueError(f"--batch {s.batch} over {run.world_size} processes is not a multiple of K={K}: "
+                             "identities are not split over processes")  # fmt: skip
 
     # 1. data
     root = Path(s.data or "data/walkers")
@@ -438,7 +447,8 @@ def main() -> None:
     except ImportError:  # curves are an extra for those who have it
         pass
     million = sum(p.numel() for p in run.student.backbone.parameters()) / 1e6
-    run.say("network", f"{s.arch}, {million:.1f} M parameters, images {s.size[0]}x{s.size[1]}, recipe {s.recipe}, {run.world_size} x {run.device.type}, {run.folder}/")
+    run.say("network", f"{s.arch}, {million:.1f} M parameters, images {s.size[0]}x{s.size[1]}, recipe {s.recipe}, "
+            f"{run.world_size} x {run.device.type}, {run.folder}/")  # fmt: skip
 
     def measure(stage: str):
         """Retrieval on the held-out split, once: printed, logged, kept in the checkpoint."""
@@ -447,7 +457,7 @@ def main() -> None:
         average_buffers(run.teacher, run.world_size)
         features = extract(run.teacher.backbone, test, s.size, run.device, s.workers)
         result = run.results[stage] = evaluate_features(features, test, ids)
-        run.say("evaluate", f"{stage:<9} mAP {result['mAP']:5.1%}   R1 {result['R1']:5.1%}   R5 {result['R5']:5.1%}   R10 {result['R10']:5.1%}")
+        run.say("evaluate", f"{stage:<9}" + "".join(f" {key} {result[key]:5.1%}  " for key in ("mAP", "R1", "R5", "R10")))
         run.log("evaluate", stage=stage, **result)
         return features
 
@@ -457,7 +467,8 @@ def main() -> None:
         if s.weights:
             report = load_weights(run.student.backbone, s.weights)
             run.teacher.backbone.load_state_dict(run.student.backbone.state_dict())
-            run.say("weights", f"{s.weights}: {len(report['matched'])} tensors matched, {len(report['missing'])} missing, {len(report['left_over'])} left over")
+            counts = ", ".join(f"{len(names)} {kind.replace('_', ' ')}" for kind, names in report.items())
+            run.say("weights", f"{s.weights}: tensors {counts}")
         run.save()
     if run.stage == "tracklet" and not s.weights and given is None:
         train_stage(run, tracklets, tracklets.track, s.tracklet_K, s.tracklet_epochs, first_epoch=0)
@@ -504,8 +515,11 @@ def find_identities(run: Run, tracklets, truth: np.ndarray | None) -> np.ndarray
     run.say("denoise", f"{len(tracklets):,} features of {features.shape[1]} dimensions in {time.time() - clock:.0f} s")
     labels = torch.full((len(tracklets),), -1)
     if run.rank == 0:
-        options = dict(sigma=None if s.sigma < 0 else s.sigma, tau=None if s.tau < 0 else s.tau, min_images=s.min_images, window=s.window, stride=s.stride)
-        found, report = denoise_tracklets(tracklets, features.numpy(), truth, print_line=lambda text: run.say("", text), **options)
+        found, report = denoise_tracklets(
+            tracklets, features.numpy(), truth, print_line=lambda text: run.say("", text),
+            sigma=None if s.sigma < 0 else s.sigma, tau=None if s.tau < 0 else s.tau,
+            min_images=s.min_images, window=s.window, stride=s.stride,
+        )  # fmt: skip
         run.log("denoise", **report)
         show_identities(run.folder / "denoised.png", tracklets, found)
         labels = torch.from_numpy(found)

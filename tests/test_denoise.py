@@ -118,6 +118,18 @@ def test_level_2_merges_fragments_takes_in_anomalies_and_recovers_the_other_half
     assert again[5] >= 0 and len(set(again[5:9])) == 1
 
 
+def test_switches_are_split_where_they_happen_and_nowhere_else():
+    random = np.random.default_rng(0)
+    who = np.array([0] * 5 + [1] * 6 + [0] * 3 + [2] * 9)
+    features = D.unit(np.eye(16)[who] + 0.1 * random.standard_normal((23, 16)))
+    track, frame = np.repeat([7, 3], [14, 9]), np.arange(23)
+    order = random.permutation(23)
+    got = np.empty(23, np.int64)
+    got[order] = D.split_switches(features[order], track[order], frame[order], tau=0.5)
+    assert got.tolist() == [1] * 5 + [2] * 6 + [3] * 3 + [0] * 9
+    assert D.split_switches(features, track, frame, tau=1.5).tolist() == [1] * 14 + [0] * 9
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_people_come_out_whole_and_switches_are_undone(seed):
     features, video, track, frame, truth = people(np.random.default_rng(seed), switches=2)
