@@ -425,7 +425,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="input size (default: what the checkpoint says)")
     parser.add_argument("--sigma", type=float, help="intra-identity consistency (default: calibrated)")
     parser.add_argument("--tau", type=float, help="inter-identity discrimination (default: calibrated)")
-    parser.add_argument("--min_images", type=int, default=2, help="a tracklet that keeps fewer dissolves")
+    parser.add_argument("--min_images", type=int, default=4, help="a tracklet that keeps fewer dissolves")
     parser.add_argument("--window", type=int, default=32, help="videos in the sliding range")
     parser.add_argument("--stride", type=int, default=16, help="videos by which it moves")
     parser.add_argument("--workers", type=int, default=1, help="processes that decode images")

@@ -160,7 +160,8 @@ def show_views(file, images: Tensor, kinds: list[Views], generator: torch.Genera
     for kind in kinds:
         view = kind.render(images, kind.draw(len(images), tuple(images.shape[2:]), generator))
         columns.append(F.pad(view, (0, width - view.shape[3], 0, height - view.shape[2]), value=1.0))
-    save_image(make_grid(torch.stack(columns, 1).flatten(0, 1), nrow=len(columns), pad_value=1.0), file)
+    sheet = torch.stack(columns, 1).flatten(0, 1).repeat_interleave(max(1, 128 // height), 2).repeat_interleave(max(1, 128 // height), 3)
+    save_image(make_grid(sheet, nrow=len(columns), pad_value=1.0), file)
 
 
 # ---------------------------------------------------------------- network

@@ -88,7 +88,7 @@ class Settings:
     # denoising
     sigma: float = -1.0  # intra-identity consistency, cosine distance in [0, 2]; negative: calibrated from the tracklets
     tau: float = -1.0  # inter-identity discrimination, likewise
-    min_images: int = 2  # a tracklet that keeps fewer dissolves
+    min_images: int = 4  # a tracklet that keeps fewer dissolves
     window: int = 32  # videos in the sliding range
     stride: int = 16  # videos by which it moves
     # this machine
@@ -105,7 +105,7 @@ DEMO = dict(
     prototypes=256, hidden=512, bottleneck=64, head_norm=True, centering="sinkhorn",
     lr=6e-3, freeze_last=0, ema=(0.95, 0.95), workers=1,
 )  # fmt: skip
-DEMO_LARGE = DEMO | dict(batch=32, K=(4,), epochs=(1,), tracklet_epochs=(1,), epoch_steps=110)  # networks that take seconds a step
+DEMO_LARGE = DEMO | dict(batch=32, K=(4,), epochs=(1,), tracklet_epochs=(1,), epoch_steps=80)  # networks that take seconds a step
 MAY_DIFFER = {"workers", "log_every", "save_every"}  # settings that change nothing in the result
 
 
