@@ -50,7 +50,7 @@ class Tracklets:
         return f"{len(self.folders):,} videos, {self.track[-1] + 1:,} tracklets, {len(self):,} images"
 
 
-FILE_NAME = re.compile(rb"(\d+)_(\d+)_(\d+)\.jpe?g", re.IGNORECASE)  # <track:06d>_<frame:07d>_<det:02d>.jpg
+FILE_NAME = re.compile(rb"(\d{1,18})_(\d{1,18})_(\d{1,18})\.jpe?g", re.IGNORECASE)  # <track:06d>_<frame:07d>_<det:02d>.jpg
 
 
 def read_tracklets(root) -> Tracklets:
@@ -84,10 +84,12 @@ def read_tracklets(root) -> Tracklets:
 
 
 def find_splits(root) -> tuple[Path, Path | None]:
-    """The folders to train on and to test on: root/train and root/test where both are there, else all of root and None."""
+    """The folders to train on and to test on: root/train and root/test where both are there, else all of root and None.
+    Without root/test.json, the truth, there is nothing to test on."""
     root = Path(root)
-    both = (root / "train").is_dir() and (root / "test").is_dir()
-    return (root / "train", root / "test") if both else (root, None)
+    if not ((root / "train").is_dir() and (root / "test").is_dir()):
+        return root, None
+    return root / "train", root / "test" if (root / "test.json").is_file() else None
 
 
 # ---------------------------------------------------------------- labels
@@ -119,7 +121,7 @@ def read_labels(file, tracklets: Tracklets) -> np.ndarray:
         raise ValueError(f"{file}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f'{file}: expected a JSON list of {{"file_path": ..., "id": ...}}; {error!r}') from None
-    if not entries or any(type(i) is not int or i < 1 for i in ids):
+    if not entries or any(type(i) is not int or not 1 <= i < 2**62 for i in ids):
         raise ValueError(f"{file}: expected at least one entry and ids that are whole numbers from 1; got {ids[:3]}")
     outside = [p for p in paths if os.path.isabs(p) or b".." in p.split(b"/")]
     if outside:
@@ -279,7 +281,8 @@ def draw_walkers(root, seed: int = 0, people: int = 100, videos: int = 48, held_
             tracklets = read_tracklets(beside / split)
             order = np.lexsort((boxes["frame"], boxes["track"], boxes["video"]))
             write_labels(beside / f"{split}.json", tracklets, boxes["person"][order])
-        os.replace(beside, root)
+        if not root.exists():  # another process may have drawn the same
+            os.replace(beside, root)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -21,7 +21,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torchvision.utils import make_grid, save_image
 
-from data import Images, Tracklets, find_splits, read_labels, read_tracklets, write_labels
+from data import Images, Tracklets, find_splits, read_labels, read_tracklets, refuse_unreadable, write_labels
 from evaluate import extract, framed, load_backbone
 
 # ---------------------------------------------------------------- feature space
@@ -59,21 +59,29 @@ def group_sums(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return coo_array((np.ones(len(rows), np.float32), (labels[rows], rows)), shape=(n, len(labels))).tocsr() @ features
 
 
-def whiten(features: np.ndarray, video: np.ndarray) -> np.ndarray:
+def centroids_of(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Centroid c(S) of each label 0..n-1: the mean of its unit features, at unit length again. (n, d)."""
+    sums = group_sums(features, labels)
+    return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+
+
+def whiten(features: np.ndarray, video: np.ndarray, prior: float = 16) -> np.ndarray:
     """Features in a space where what all images share, or all images of a video, says nothing. (N, d) -> unit rows (N, d).
 
-    Each video's mean is subtracted (a camera makes its images alike), then the covariance is divided out, shrunk towards a
-    sphere by the oracle approximating coefficient (Chen et al., 2010), so that few images or many dimensions do no harm.
+    Each video's mean is subtracted (a camera makes its images alike), the overall mean counting as `prior` images more, so that
+    a video of few images keeps them. Then the covariance is divided out, shrunk towards a sphere by the oracle approximating
+    coefficient (Chen et al., 2010), so that few images or many dimensions do no harm.
     """
     features = unit(features)
     N, d = features.shape
-    mean = group_sums(features, video) / np.bincount(video)[:, None]
+    overall = features.sum(0) / (N + prior)
+    mean = (group_sums(features, video) + prior * overall) / (np.bincount(video)[:, None] + prior)
     centred = features - mean[video]
     covariance = (centred.T @ centred / N).astype(np.float64)
     trace, trace2 = np.trace(covariance), (covariance**2).sum()
     shrink = min(1.0, ((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * (trace2 - trace**2 / d) + 1e-30))
     values, vectors = np.linalg.eigh((1 - shrink) * covariance + shrink * trace / d * np.eye(d))
-    return unit(centred @ (vectors / np.sqrt(values + 1e-12)).astype(np.float32))
+    return unit(centred @ (vectors / np.sqrt(values.clip(1e-12 * values[-1]))).astype(np.float32))
 
 
 # ---------------------------------------------------------------- noise
@@ -86,7 +94,7 @@ def noise(features, labels: np.ndarray, sigma: float, tau: float, block: int = 1
     kept = labels >= 0
     if not kept.any():
         return 0.0, 0.0
-    centroids = unit(group_sums(features, labels))
+    centroids = centroids_of(features, labels)
     outside = 1 - np.einsum("nd,nd->n", features[kept], centroids[labels[kept]]) > sigma + 1e-6
     close = np.zeros(len(centroids), bool)
     for start in range(0, len(centroids), block):
@@ -98,10 +106,11 @@ def noise(features, labels: np.ndarray, sigma: float, tau: float, block: int = 1
 
 def pairwise_scores(labels: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Precision, recall and F1 over pairs of images: is a pair together in labels, and is it truly one person?
-    An image labelled -1, in either, is in no pair."""
+    An image labelled -1 is in no pair of its side: one without a true identity makes every pair found with it a wrong one."""
     pairs = lambda counts: float((counts * (counts - 1.0) / 2).sum())
     both = (labels >= 0) & (truth >= 0)
-    table = coo_array((np.ones(both.sum()), (labels[both], truth[both]))).tocsr()
+    shape = (labels.max(initial=-1) + 2, truth.max(initial=-1) + 2)
+    table = coo_array((np.ones(both.sum()), (labels[both], truth[both])), shape=shape).tocsr()
     hit, found, true = pairs(table.data), pairs(np.bincount(labels[labels >= 0])), pairs(np.bincount(truth[truth >= 0]))
     precision, recall = hit / max(found, 1), hit / max(true, 1)
     return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(precision + recall, 1e-12)}
@@ -195,13 +204,12 @@ def merge(identities: list[np.ndarray], rule: Rule) -> list[list[int]]:
     """
     groups = [[n] for n in range(len(identities))]
     members = list(identities)
-    centroids = np.empty((2 * len(members), rule.features.shape[1]), np.float32)  # room for every union
-    for n, rows in enumerate(members):
-        centroids[n] = rule.features[rows].sum(0)
-    centroids[: len(members)] = unit(centroids[: len(members)]) if members else 0
-    alive = np.zeros(len(centroids), bool)
-    alive[: len(members)] = True
-    distance = 1 - centroids[: len(members)] @ centroids[: len(members)].T
+    centroid = lambda rows: unit(rule.features[rows].sum(0, keepdims=True))[0]
+    n, d = len(members), rule.features.shape[1]
+    centroids = np.empty((2 * n, d), np.float32)  # room for every union
+    centroids[:n] = np.reshape([centroid(rows) for rows in members], (n, d))
+    alive = np.arange(2 * n) < n
+    distance = 1 - centroids[:n] @ centroids[:n].T
     heap = [(distance[i, j], i, j) for i, j in zip(*np.nonzero(np.triu(distance < rule.tau, 1)))]
     heapq.heapify(heap)
     while heap:
@@ -215,7 +223,7 @@ def merge(identities: list[np.ndarray], rule: Rule) -> list[list[int]]:
         members.append(union)
         groups.append(groups[i] + groups[j])
         alive[[i, j]] = False
-        centroids[new] = unit(rule.features[union].sum(0)[None])[0]
+        centroids[new] = centroid(union)
         others = np.flatnonzero(alive)
         distance = 1 - centroids[others] @ centroids[new]
         for k in np.flatnonzero(distance < rule.tau):
@@ -234,12 +242,10 @@ def single_video(features: np.ndarray, labels: np.ndarray, video: np.ndarray, tr
     rule = Rule(features, moment, sigma, tau, cannot_link)
     labels = merge_labels(labels, video, rule)
     for rows in group_rows(video):
-        identities, anomalies = group_rows(np.where(labels[rows] >= 0, labels[rows], -1)), rows[labels[rows] < 0]
-        identities = [rows[members] for members in identities]
+        identities, anomalies = [rows[members] for members in group_rows(labels[rows])], rows[labels[rows] < 0]
         if not identities or not len(anomalies):
             continue
-        centroids = unit(np.stack([features[members].sum(0) for members in identities]))
-        distance = 1 - features[anomalies] @ centroids.T
+        distance = 1 - features[anomalies] @ centroids_of(features[rows], dense(labels[rows])).T
         nearest = distance.argmin(1)
         for n in np.argsort(distance.min(1), kind="stable"):
             home, wider = nearest[n], np.append(identities[nearest[n]], anomalies[n])
@@ -299,7 +305,7 @@ def cross_video(features: np.ndarray, labels: np.ndarray, video: np.ndarray, mom
     return labels
 
 
-def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, high: float = 0.995,
+def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, high: float = 0.98,
               low: float = 0.05) -> tuple[float, float]:  # fmt: skip
     """sigma and tau from the data, without a label: images of one tracklet are mostly one person, two tracklets seen in one
     frame are two people.
@@ -313,10 +319,12 @@ def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray,
     several = np.bincount(tracks)[tracks] > 1
     rest = sums[tracks[several]] - features[several]
     away = 1 - np.einsum("nd,nd->n", features[several], rest) / np.maximum(np.linalg.norm(rest, axis=1), 1e-12)
-    centroids = unit(sums)
+    centroids = centroids_of(features, tracks)
     seen = coo_array((np.ones(len(tracks)), (tracks, moments(video, frame)))).tocsr()
     a, b = (seen @ seen.T).nonzero()
-    a, b = (a[a < b], b[a < b]) if (a < b).any() else np.triu_indices(min(len(centroids), 2000), 1)
+    a, b = (a[a < b], b[a < b]) if (a < b).any() else np.triu_indices(min(len(centroids), 400), 1)
+    some = np.linspace(0, len(a) - 1, min(len(a), 100_000)).astype(np.int64)  # enough for a quantile
+    a, b = a[some], b[some]
     between = 1 - np.einsum("nd,nd->n", centroids[a], centroids[b])
     sigma = float(np.quantile(away, high)) if len(away) else 0.5  # nothing to measure: a cautious guess
     return sigma, float(np.quantile(between, low)) if len(between) else sigma
@@ -344,8 +352,10 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
         if len(array) != len(features):
             raise ValueError(f"{name} has {len(array)} rows, features have {len(features)}")
     for name, value in (("sigma", sigma), ("tau", tau)):
-        if value is not None and not 0 <= value <= 2:
+        if value is not None and not 0 <= value <= 2:  # nan too
             raise ValueError(f"{name}={value}: a cosine distance lies in [0, 2]")
+    if not 1 <= stride < max(window, 2):
+        raise ValueError(f"stride={stride}, window={window}: ranges must overlap, so 1 <= stride < window")
     features, video, track, moment = unit(features), dense(video), dense(track), moments(video, frame)
     if sigma is None or tau is None:
         chosen = calibrate(features, video, track, frame)
@@ -396,21 +406,23 @@ def denoise_tracklets(tracklets: Tracklets, features: np.ndarray, truth: np.ndar
         print_line(line)
 
     denoise(space, video, track, frame, sigma, tau, report=tell, **options)
+    for name, values in (("tracklets", tracklets.track), ("videos", tracklets.video)):
+        of = [len(np.unique(values[members])) for members in group_rows(full)]
+        report[f"{name}_per_identity"] = float(np.mean(of)) if of else 0.0
+    print_line("an identity spans {tracklets_per_identity:.1f} tracklets, {videos_per_identity:.1f} videos".format(**report))
     return full, report | {"sigma": sigma, "tau": tau, "seconds": time.time() - clock}
 
 
 def show_identities(file, tracklets: Tracklets, labels: np.ndarray, people: int = 12, columns: int = 14) -> None:
     """Write a picture: an identity a row, the ones of most videos first, its images spread over them; framed red, at the
     row's end, images of its tracklets that were removed as noise."""
-    images, sheet = Images(tracklets, (128, 64)), []
-    identities = group_rows(labels)
-    videos = np.array([len(np.unique(tracklets.video[rows])) for rows in identities])
-    removed = [np.flatnonzero((labels < 0) & np.isin(tracklets.track, tracklets.track[rows])) for rows in identities]
-    order = np.lexsort((np.arange(len(identities)), [-min(len(r), 3) for r in removed], -np.minimum(videos, 3)))
-    for n in order[:people]:
-        gone = removed[n][:3]
-        rows = identities[n][np.linspace(0, len(identities[n]) - 1, columns - len(gone)).astype(int)]
-        sheet += [images[i][0] / 255 for i in rows] + [framed(images[i][0] / 255, (0.9, 0.1, 0.1)) for i in gone]
+    images, sheet, rows_of = Images(tracklets, (128, 64)), [], []
+    identities = sorted(group_rows(labels), key=lambda rows: -min(len(np.unique(tracklets.video[rows])), 3))[: 10 * people]
+    for rows in identities:
+        rows_of.append((rows, np.flatnonzero((labels < 0) & np.isin(tracklets.track, tracklets.track[rows]))[:3]))
+    for rows, gone in sorted(rows_of, key=lambda pair: -len(pair[1]))[:people]:
+        shown = rows[np.linspace(0, len(rows) - 1, columns - len(gone)).astype(int)]
+        sheet += [images[i][0] / 255 for i in shown] + [framed(images[i][0] / 255, (0.9, 0.1, 0.1)) for i in gone]
     if sheet:
         save_image(make_grid(torch.stack(sheet), nrow=columns), file)
 
@@ -431,8 +443,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that decode images")
     args = parser.parse_args()
     out = Path(args.out)
-    if out.exists():
-        raise ValueError(f"{out}: exists already; give another --out")
+    summary, picture = out.with_suffix(".summary.json"), out.with_suffix(".png")
+    if out.suffix != ".json":
+        raise ValueError(f"--out {out}: expected a name that ends in .json")
+    for file in (out, summary, picture):
+        if file.exists():
+            raise ValueError(f"{file}: exists already; give another --out")
+    for flag in ("sigma", "tau"):
+        if getattr(args, flag) is not None and not 0 <= getattr(args, flag) <= 2:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: a cosine distance lies in [0, 2]")
     train_folder, test_folder = find_splits(args.data)
     tracklets = read_tracklets(train_folder)
     truth = Path(args.data) / "train.json" if test_folder else None
@@ -441,12 +460,16 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{train_folder}: {tracklets}")
     features = extract(backbone.to(device), tracklets, size, device, args.workers).numpy()
+    unreadable = np.flatnonzero(~features.any(1))
+    refuse_unreadable(tracklets, unreadable, len(tracklets))
+    if len(unreadable):
+        print(f"{len(unreadable):,} unreadable images were skipped, the first: {tracklets.path(unreadable[0])}")
     options = {key: getattr(args, key) for key in ("sigma", "tau", "min_images", "window", "stride")}
     labels, report = denoise_tracklets(tracklets, features, truth, **options)
     write_labels(out, tracklets, labels)
-    out.with_suffix(".summary.json").write_text(json.dumps(report, indent=1) + "\n")
-    show_identities(out.with_suffix(".png"), tracklets, labels)
-    print(f"written: {out}, {out.with_suffix('.summary.json')}, {out.with_suffix('.png')}")
+    summary.write_text(json.dumps(report, indent=1) + "\n")
+    show_identities(picture, tracklets, labels)
+    print(f"written: {out}, {summary}, {picture}")
 
 
 if __name__ == "__main__":

@@ -229,10 +229,10 @@ def matching_loss(student: Tensor, p: Tensor, K: int, student_temp: float = 0.1)
     return loss / (2 * (V - 1))
 
 
-def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
-    """Sum (or the given reduction) of x over all processes, in place; x itself where there is one process."""
+def all_reduce(x: Tensor) -> Tensor:
+    """Sum of x over all processes, in place; x itself where there is one process."""
     if dist.is_initialized():
-        dist.all_reduce(x, op)
+        dist.all_reduce(x)
     return x
 
 
@@ -250,11 +250,10 @@ def sinkhorn(logits: Tensor, temp: float = 0.04, iterations: int = 3) -> Tensor:
     logits (..., D) of this process -> probabilities of that shape, each row summing to 1. Sums run over all processes, so
     that the result does not depend on how the batch is split.
     """
-    q = logits.float() / temp
-    q = torch.exp(q - all_reduce(q.max(), dist.ReduceOp.MAX)).flatten(0, -2)
+    q = torch.softmax(logits.float() / temp, dim=-1).flatten(0, -2)
     for _ in range(iterations):
         q = q / all_reduce(q.sum(0)).clamp(min=1e-30)  # prototypes share the batch
-        q = q / q.sum(1, keepdim=True).clamp(min=1e-30)  # every image is one unit
+        q = q / q.sum(1, keepdim=True)  # every image is one unit
     return q.view_as(logits)
 
 

@@ -82,7 +82,7 @@ class Settings:
     warmup: float = 0.1  # share of the steps over which lr rises from 0
     weight_decay: tuple[float, float] = (0.04, 0.4)  # first and last step, cosine; none on biases and norms
     clip: float = 3.0  # largest gradient norm of each parameter
-    freeze_last: int = 1  # epochs at the start in which the prototypes stay
+    freeze_last: int = 1  # epochs in which the prototypes of a new head stay as they are
     ema: tuple[float, float] = (0.996, 1.0)  # the teacher's momentum, first and last step, cosine
     center_momentum: float = 0.9  # of the running center
     # denoising
@@ -155,12 +155,21 @@ def check_settings(s: Settings) -> None:
         if getattr(s, flag)[0] < 32 or getattr(s, flag)[1] < 16:
             raise ValueError(f"--{flag} {getattr(s, flag)}: the networks need at least 32 16")
     for flag in ("sigma", "tau"):
-        if getattr(s, flag) > 2:
+        if not getattr(s, flag) <= 2:
             raise ValueError(f"--{flag} {getattr(s, flag)}: a cosine distance lies in [0, 2]")
-    build(s.arch)
+    for flag in ("batch", "prototypes", "hidden", "bottleneck", "student_temp", "teacher_temp", "min_images", "log_every", "save_every"):
+        if not getattr(s, flag) > 0:
+            raise ValueError(f"--{flag} {getattr(s, flag)}: expected a number above 0")
+    if not 0 <= s.warmup < 1:
+        raise ValueError(f"--warmup {s.warmup}: expected a share of the steps, from 0 to below 1")
+    if not 1 <= s.stride < s.window:
+        raise ValueError(f"--stride {s.stride} --window {s.window}: ranges must overlap, so 1 <= stride < window")
     for flag in ("weights", "labels"):
         if getattr(s, flag) and not os.path.isfile(getattr(s, flag)):
             raise ValueError(f"--{flag} {getattr(s, flag)}: no such file")
+    backbone = build(s.arch)
+    if s.weights:
+        load_weights(backbone, s.weights)
 
 
 # ---------------------------------------------------------------- schedules
@@ -218,7 +227,7 @@ class Run:
                 file.write(json.dumps({"event": event, **values}) + "\n")
             for key, value in values.items() if self.tensorboard else ():
                 if isinstance(value, float):
-                    self.tensorboard.add_scalar(f"{event}/{key}", value, values.get("step", 0))
+                    self.tensorboard.add_scalar(f"{event}/{values.get('stage', '')}/{key}", value, values.get("step", 0))
 
     def save(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Write last.pt: beside it, to the disk, then renamed, so that a crash in the middle destroys nothing."""
@@ -228,15 +237,17 @@ class Run:
             checkpoint = {
                 "student": self.student.state_dict(), "teacher": self.teacher.state_dict(), "center": self.center,
                 "optimizer": optimizer.state_dict() if optimizer else None, "stage": self.stage, "step": self.step,
-                "results": self.results, "settings": asdict(self.settings), "log_bytes": log.stat().st_size if log.exists() else 0,
+                "results": self.results, "unreadable": sorted(self.unreadable), "settings": asdict(self.settings), "log_bytes": log.stat().st_size if log.exists() else 0,
             }  # fmt: skip
             with replacing(self.folder / "last.pt") as temporary:
                 torch.save(checkpoint, temporary)
 
     def resume(self) -> None:
         """Take up what the folder holds. Raises ValueError if it was made with other settings."""
-        file = self.folder / "last.pt"
+        file, log = self.folder / "last.pt", self.folder / "log.jsonl"
         if not file.exists():
+            if self.rank == 0:
+                log.unlink(missing_ok=True)  # of a start that came to nothing
             return
         checkpoint = torch.load(file, map_location=self.device, weights_only=True)
         now, then = asdict(self.settings), checkpoint["settings"]
@@ -247,10 +258,17 @@ class Run:
         self.teacher.load_state_dict(checkpoint["teacher"])
         self.center = checkpoint["center"]
         self.stage, self.step, self.results = checkpoint["stage"], checkpoint["step"], checkpoint["results"]
-        self.resumed = checkpoint["optimizer"]
-        if self.rank == 0:
-            os.truncate(self.folder / "log.jsonl", checkpoint["log_bytes"])  # lines after the checkpoint will come again
+        self.resumed, self.unreadable = checkpoint["optimizer"], set(checkpoint["unreadable"])
+        if self.rank == 0 and log.exists():
+            os.truncate(log, min(checkpoint["log_bytes"], log.stat().st_size))  # lines after the checkpoint will come again
         self.say("resume", f"{self.folder} at {'its end' if self.stage == 'done' else f'stage {self.stage!r}, step {self.step:,}'}")
+
+    def gather_unreadable(self, tracklets) -> None:
+        """Unite what the processes found unreadable. Raises ValueError if that is more than 1% of the images."""
+        found = [None] * self.world_size
+        dist.all_gather_object(found, self.unreadable)
+        self.unreadable = set().union(*found)
+        refuse_unreadable(tracklets, sorted(self.unreadable), len(tracklets))
 
     def on_signal(self, number, _) -> None:
         """Ctrl-C or SIGTERM: training ends after the step with a checkpoint, anything else ends here."""
@@ -260,7 +278,7 @@ class Run:
 
     def leave(self, number: int) -> None:
         """Say how to go on, and exit as a process that got this signal does."""
-        self.say("stopped", f"{self.folder}/ holds what was done; the same command goes on from there")
+        self.say("stopped", "the same command goes on from " + (f"{self.folder}/last.pt" if (self.folder / "last.pt").exists() else "the start"))
         sys.exit(128 + number)
 
 
@@ -294,15 +312,16 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
     plan = plan_epochs(labels, s, Ks, epochs)
     total = sum(steps for _, steps in plan)
     number, what = (1, "tracklet") if run.stage == "tracklet" else (2, "cross-video")
-    run.say(f"stage {number}", f"{what} identities: {labels.max() + 1:,} of {(labels >= 0).sum():,} images, {total:,} steps of {s.batch}")
+    run.say(f"stage {number}", f"{what} identities: {len(np.unique(labels[labels >= 0])):,} of {(labels >= 0).sum():,} images, {total:,} steps of {s.batch}")
 
     network = DistributedDataParallel(run.student)
+    new_head = run.stage == "tracklet" or bool(s.weights or s.labels)  # its prototypes stay as they are at first
     groups = [[p for p in run.student.parameters() if p.ndim > 1], [p for p in run.student.parameters() if p.ndim <= 1]]
     optimizer = torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=0.0)  # biases, norms
     if run.resumed:
         optimizer.load_state_dict(run.resumed)
         run.resumed = None
-    run.training, warned, clock, first_step = True, False, time.time(), run.step
+    run.training, warned, smooth, clock, first_step = True, False, None, time.time(), run.step
     done = 0  # steps before this epoch
     for epoch, (K, steps) in enumerate(plan, start=first_epoch):
         start = run.step - done
@@ -313,13 +332,13 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
         for rows, (images, readable) in zip(mine, load_batches(tracklets, list(mine), s.canvas, s.workers)):
             if not readable.all():
                 run.unreadable.update(rows[~readable.numpy()].tolist())
-                refuse_unreadable(tracklets, run.unreadable, len(tracklets))
                 images = replace_unreadable(images, readable, K)
-            frozen = epoch - first_epoch < s.freeze_last
+            frozen = new_head and epoch - first_epoch < s.freeze_last
             loss, entropy, used, lr, stop = train_step(run, network, optimizer, images, K, epoch, total, frozen)
 
-            if not warned and run.step > total // 4:
-                warned = warn_of_collapse(run, loss, entropy, used)
+            smooth = loss if smooth is None else 0.9 * smooth + 0.1 * loss
+            if not warned and run.step > total // 4 and run.step - first_step > 10:
+                warned = warn_of_collapse(run, smooth, entropy, used)
             if run.step % s.log_every == 0 or run.step == total:
                 rate = (run.step - first_step) * s.batch / (time.time() - clock)
                 left = (total - run.step) * s.batch / rate
@@ -328,10 +347,13 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
                         f"lr {lr:.1e}  {rate:6,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")  # fmt: skip
                 run.log("train", stage=run.stage, step=run.step, epoch=epoch, K=K, loss=loss, entropy=entropy, lr=lr, images_per_second=rate)
             if stop or run.step % s.save_every == 0 or run.step == done:
+                run.gather_unreadable(tracklets)
                 run.save(optimizer)
             if stop:
                 run.leave(run.stop_asked or signal.SIGTERM)
     run.training = False
+    if all_reduce(torch.tensor(float(run.stop_asked), device=run.device)) > 0:  # asked in the very last step
+        run.leave(run.stop_asked or signal.SIGTERM)
 
 
 def train_step(run: Run, network: nn.Module, optimizer, images: torch.Tensor, K: int, epoch: int, total: int, frozen: bool) -> tuple:
@@ -374,9 +396,11 @@ def train_step(run: Run, network: nn.Module, optimizer, images: torch.Tensor, K:
 
 
 def clip_gradients(network: nn.Module, largest: float) -> None:
-    """Scale each parameter's gradient down to a norm of `largest`, as DINO does; before any step, on unscaled gradients."""
+    """Scale each parameter's gradient down to a norm of `largest`, as DINO does. Raises FloatingPointError if one is not finite."""
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
+    if not torch.isfinite(norms).all():
+        raise FloatingPointError("a gradient is not finite; last.pt is the last good state. Try a lower --lr under another --name")
     torch._foreach_mul_(gradients, list((largest / (norms + 1e-6)).clamp(max=1)))
 
 
@@ -419,19 +443,18 @@ def main() -> None:
     # 1. data
     root = Path(s.data or "data/walkers")
     clock, drawn = time.time(), ""
-    if not s.data and not root.exists():
-        if run.rank == 0:
-            run.say("data", f"drawing walkers into {root}/")
-            draw_walkers(root)
-            drawn = f" (drawn in {time.time() - clock:.0f} s)"
-        dist.barrier()
+    if not s.data and run.rank == 0 and not root.exists():
+        run.say("data", f"drawing walkers into {root}/")
+        draw_walkers(root)
+        drawn = f" (drawn in {time.time() - clock:.0f} s)"
+    dist.barrier()
     train_folder, test_folder = find_splits(root)
     tracklets = read_tracklets(train_folder)
     test = read_tracklets(test_folder) if test_folder else None
     run.say("data", f"{train_folder}: {tracklets}{drawn}")
     truth = read_labels(root / "train.json", tracklets) if test and (root / "train.json").exists() else None
     ids = read_labels(root / "test.json", test) if test else None
-    run.say("", f"{test_folder}: {test}, held out" if test else "no test/ beside train/ with a test.json: nothing to evaluate on")
+    run.say("", f"{test_folder}: {test}, held out" if test else "no train/, test/ and test.json in there: nothing to evaluate on")
     given = read_labels(s.labels, tracklets) if s.labels else None
     check_readable(tracklets)
 
@@ -478,6 +501,11 @@ def main() -> None:
 
         # 3. denoise
         labels = given if given is not None else find_identities(run, tracklets, truth)
+        try:
+            plan_epochs(labels, s, s.K, s.epochs)
+        except ValueError as error:
+            raise ValueError(f"stage 2 cannot be trained on these identities: {error}. Other settings can start from this encoder: "
+                             f"--weights {run.folder}/last.pt --name NEW") from None  # fmt: skip
         if run.rank == 0:
             write_labels(run.folder / "identities.json", tracklets, labels)
         dist.barrier()
@@ -499,11 +527,12 @@ def main() -> None:
             show_retrieval(run.folder / "retrieval.png", test, ids, features, (128, 64))
         run.stage = "done"
         run.save()
+    run.gather_unreadable(tracklets)
     if run.unreadable:
         run.say("data", f"{len(run.unreadable):,} unreadable images were skipped, the first: {tracklets.path(min(run.unreadable))}")
     for stage, result in run.results.items():
         run.say("result" if stage == "random" else "", f"{stage:<9} mAP {result['mAP']:5.1%}   R1 {result['R1']:5.1%}")
-    run.say("done", f"{run.folder}/: last.pt, log.jsonl, identities.json, crops.png, denoised.png, retrieval.png")
+    run.say("done", f"{run.folder}/: {', '.join(sorted(file.name for file in run.folder.iterdir() if not file.name.startswith('events')))}")
     dist.destroy_process_group()
 
 
@@ -512,7 +541,10 @@ def find_identities(run: Run, tracklets, truth: np.ndarray | None) -> np.ndarray
     s, clock = run.settings, time.time()
     average_buffers(run.teacher, run.world_size)
     features = extract(run.teacher.backbone, tracklets, s.size, run.device, s.workers)
-    run.say("denoise", f"{len(tracklets):,} features of {features.shape[1]} dimensions in {time.time() - clock:.0f} s")
+    seconds = time.time() - clock
+    run.say("denoise", f"{len(tracklets):,} features of {features.shape[1]} dimensions in {seconds:.0f} s, {len(tracklets) / seconds:,.0f} images/s")
+    run.unreadable.update(np.flatnonzero(~features.any(1).numpy()).tolist())
+    run.gather_unreadable(tracklets)
     labels = torch.full((len(tracklets),), -1)
     if run.rank == 0:
         found, report = denoise_tracklets(

@@ -87,6 +87,7 @@ def test_noise_by_hand():
 def test_pairwise_scores_by_hand():
     scores = D.pairwise_scores(np.array([0, 0, 0, 1, 1, -1]), np.array([0, 0, 1, 1, -1, 0]))
     assert scores["precision"] == 1 / 4 and scores["recall"] == 1 / 4 and scores["f1"] == pytest.approx(1 / 4)
+    assert D.pairwise_scores(np.full(3, -1), np.arange(3))["f1"] == 0
     truth = np.random.default_rng(0).integers(0, 4, 50)
     assert D.pairwise_scores(truth, truth)["f1"] == 1
     assert D.pairwise_scores(np.arange(50), truth)["f1"] == 0
@@ -204,7 +205,10 @@ def test_whitening_removes_what_a_video_shares_and_equals_textbook_whitening():
     centred = plain - np.stack([plain[video == v].mean(0) for v in video])
     values, vectors = np.linalg.eigh(np.cov(centred.T, bias=True) + 1e-9 * np.eye(48))
     want = D.unit(centred @ vectors / np.sqrt(values))
+    space = D.whiten(stained, video, prior=0)
     assert (np.abs((space @ space.T) - (want @ want.T))).max() < 0.2  # shrinkage is small with many images
+    lonely = D.whiten(np.concatenate([stained, stained[:1]]), np.append(video, 4))  # a video of one image
+    assert np.isfinite(lonely).all()
     few = D.whiten(random.standard_normal((6, 64)), np.zeros(6, int))  # fewer images than dimensions
     assert np.isfinite(few).all()
 
@@ -213,6 +217,7 @@ def test_whitening_removes_what_a_video_shares_and_equals_textbook_whitening():
     (dict(video=np.zeros(3)), "video has 3 rows, features have 144"),
     (dict(sigma=2.5), r"sigma=2.5: a cosine distance lies in \[0, 2\]"),
     (dict(tau=-0.1), "tau=-0.1"),
+    (dict(window=8, stride=8), "ranges must overlap"),
     (dict(row=np.nan), "1 of 144 rows are zero or not finite, the first: row 7"),
     (dict(row=0.0), "the first: row 7"),
 ])  # fmt: skip

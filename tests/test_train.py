@@ -45,6 +45,11 @@ def test_every_setting_has_a_line_of_help(capsys):
     (["--recipe", "quick"], "expected paper or demo"),
     (["--centering", "none"], "expected ema or sinkhorn"),
     (["--sigma", "3"], r"lies in \[0, 2\]"),
+    (["--tau", "nan"], r"lies in \[0, 2\]"),
+    (["--window", "8"], "ranges must overlap"),
+    (["--teacher_temp", "0"], "expected a number above 0"),
+    (["--save_every", "0"], "expected a number above 0"),
+    (["--warmup", "1"], "expected a share of the steps"),
     (["--canvas", "16", "16"], "smaller than --size"),
     (["--local_size", "16", "8"], "need at least 32 16"),
     (["--weights", "nothing.pt"], "nothing.pt: no such file"),
@@ -75,3 +80,6 @@ def test_gradients_are_clipped_one_parameter_at_a_time():
     train.clip_gradients(network, 2.5)
     torch.testing.assert_close(network.weight.grad, torch.tensor([[1.5, 0], [0, 2]]), atol=1e-5, rtol=0)
     torch.testing.assert_close(network.bias.grad, torch.tensor([0.3, 0.4]))
+    network.bias.grad[0] = torch.inf
+    with pytest.raises(FloatingPointError, match="a gradient is not finite"):
+        train.clip_gradients(network, 2.5)
