@@ -344,7 +344,7 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
 
     features: (N, d), any float type, normalised here; those of a network are worth far more after `whiten`. video, track,
     frame: integers (N,); the range slides over videos in the order of their numbers; a track number belongs to one video.
-    sigma, tau: thresholds in [0, 2]; calibrated where None. report, if given, is called with (level, labels, noise) after each step.
+    sigma, tau: thresholds in [0, 2]; calibrated where None. report, if given, is called with (level, labels, noise) before the first level and after each.
     Raises ValueError for arrays of different lengths, features that are zero or not finite, thresholds out of range.
     """
     video, track, frame = (np.asarray(a) for a in (video, track, frame))
@@ -364,7 +364,6 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
     tell("tracklets", track)
     if split:
         track = split_switches(features, track, frame, tau)
-        tell("switches split", track)
     labels = single_tracklet(features, track, moment, sigma, min_images, cannot_link)
     tell("single tracklet", labels)
     labels = single_video(features, labels, video, track, moment, sigma, tau, min_images, cannot_link, recover)

@@ -101,7 +101,7 @@ class Settings:
 DEMO = dict(
     size=(64, 32), local_size=(32, 16), canvas=(64, 32), local_crops=2,
     jitter=(0.2, 0.2, 0.0, 0.0), grey=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0,
-    batch=64, K=(2, 4), epochs=(2, 2), tracklet_K=(2,), tracklet_epochs=(4,),
+    batch=64, K=(2, 4), epochs=(1, 2), tracklet_K=(2,), tracklet_epochs=(4,),
     prototypes=256, hidden=512, bottleneck=64, head_norm=True, centering="sinkhorn",
     lr=6e-3, freeze_last=0, ema=(0.95, 0.95), workers=1,
 )  # fmt: skip
