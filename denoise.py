@@ -429,8 +429,9 @@ def show_identities(file, tracklets: Tracklets, labels: np.ndarray, people: int 
 def main() -> None:
     """Find the identities of a folder of tracklets with a network's features, and write them as an annotation JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--weights", required=True, help="checkpoint of a run, or backbone weights")
-    parser.add_argument("--data", default="data/walkers", help="folder of tracklets")
+    default = "runs/walkers-r10ibn/last.pt"
+    parser.add_argument("--weights", default=default, help=f"checkpoint of a run, or backbone weights (default: {default})")
+    parser.add_argument("--data", default="data/walkers", help="folder of tracklets (default: data/walkers)")
     parser.add_argument("--out", default="identities.json", help="annotation to write; pictures and figures go beside it")
     parser.add_argument("--arch", help="architecture (default: what the checkpoint says)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="input size (default: what the checkpoint says)")

@@ -271,8 +271,8 @@ class Run:
         refuse_unreadable(tracklets, sorted(self.unreadable), len(tracklets))
 
     def on_signal(self, number, _) -> None:
-        """Ctrl-C or SIGTERM: training ends after the step with a checkpoint, anything else ends here."""
-        if not self.training or self.stop_asked:
+        """Ctrl-C or SIGTERM (torchrun may send both): training ends after its step with a checkpoint, anything else ends here."""
+        if not self.training:
             self.leave(number)
         self.stop_asked = number
 
