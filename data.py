@@ -248,7 +248,8 @@ def sample_identities(labels: np.ndarray, K: int, batch: int, seed: int, epoch: 
     table = images[start[which, None] + slot]
     steps = len(table) * K // batch
     if steps == 0:
-        raise ValueError(f"{len(count):,} identities give {len(table):,} groups of K={K}, fewer than the {batch // K} of one batch")
+        raise ValueError(f"{len(count):,} identities give {len(table):,} groups of K={K}, fewer than the {batch // K} of one batch; "
+                         "a smaller --batch, or --recipe demo, needs fewer")  # fmt: skip
     return random.permutation(table)[: steps * batch // K].reshape(steps, batch)
 
 

@@ -259,7 +259,7 @@ def read_checkpoint(file) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file of weights") from None
     except Exception as error:  # whatever a foreign or damaged file makes torch.load raise
-        raise ValueError(f"{file}: cannot be read as weights ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+        raise ValueError(f"{file}: cannot be read as weights: damaged, or it holds more than tensors and plain values ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{file}: expected a checkpoint or a state dict, got {type(checkpoint).__name__}")
     return checkpoint

@@ -141,7 +141,7 @@ def check_settings(s: Settings) -> None:
     """Raises ValueError for settings that cannot work, before anything is read or drawn."""
     for stage, Ks, epochs in (("", s.K, s.epochs), ("tracklet_", s.tracklet_K, s.tracklet_epochs)):
         if len(Ks) != len(epochs):
-            raise ValueError(f"--{stage}K has {len(Ks)} phases and --{stage}epochs {len(epochs)}: give a number of epochs for each K")
+            raise ValueError(f"--{stage}K has {len(Ks)} phases and --{stage}epochs {len(epochs)}: give each of {Ks} its epochs")
         if min(Ks) < 1 or min(epochs) < 0:
             raise ValueError(f"--{stage}K {Ks} --{stage}epochs {epochs}: expected K of 1 and more, epochs of 0 and more")
         for K in Ks:
@@ -160,6 +160,11 @@ def check_settings(s: Settings) -> None:
     for flag in ("batch", "prototypes", "hidden", "bottleneck", "student_temp", "teacher_temp", "min_images", "log_every", "save_every"):
         if not getattr(s, flag) > 0:
             raise ValueError(f"--{flag} {getattr(s, flag)}: expected a number above 0")
+    for flag in ("lr", "seed", "workers", "local_crops", "freeze_last", "epoch_steps"):
+        if not getattr(s, flag) >= 0:
+            raise ValueError(f"--{flag} {getattr(s, flag)}: expected a number of 0 or more")
+    if s.name != Path(s.name).name:
+        raise ValueError(f"--name {s.name}: expected the name of a folder below runs/, not a path")
     if not 0 <= s.warmup < 1:
         raise ValueError(f"--warmup {s.warmup}: expected a share of the steps, from 0 to below 1")
     if not 1 <= s.stride < s.window:
@@ -337,7 +342,7 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
             loss, entropy, used, lr, stop = train_step(run, network, optimizer, images, K, epoch, total, frozen)
 
             smooth = loss if smooth is None else 0.9 * smooth + 0.1 * loss
-            if not warned and run.step > total // 4 and run.step - first_step > 10:
+            if not warned and run.step > total // 2 and run.step - first_step > 20:
                 warned = warn_of_collapse(run, smooth, entropy, used)
             if run.step % s.log_every == 0 or run.step == total:
                 rate = (run.step - first_step) * s.batch / (time.time() - clock)
@@ -407,7 +412,7 @@ def clip_gradients(network: nn.Module, largest: float) -> None:
 def warn_of_collapse(run: Run, loss: float, entropy: float, used: int) -> bool:
     """Say so where the teacher says the same of every image. True if it does."""
     uniform = math.log(run.settings.prototypes)
-    if loss > 0.995 * uniform or entropy > 0.995 * uniform:
+    if abs(loss / uniform - 1) < 0.003 or entropy > 0.995 * uniform:
         run.say("warning", f"uniform collapse: the loss is {loss:.3f} and stays near log D = {uniform:.3f}, so nothing is learned. "
                 "Try --centering sinkhorn, --head_norm, fewer --prototypes or a higher --lr")  # fmt: skip
         return True
@@ -454,9 +459,13 @@ def main() -> None:
     run.say("data", f"{train_folder}: {tracklets}{drawn}")
     truth = read_labels(root / "train.json", tracklets) if test and (root / "train.json").exists() else None
     ids = read_labels(root / "test.json", test) if test else None
-    run.say("", f"{test_folder}: {test}, held out" if test else "no train/, test/ and test.json in there: nothing to evaluate on")
+    run.say("", f"{test_folder}: {test}, held out" if test else f"{root} does not hold all of train/, test/ and test.json: no evaluation")
     given = read_labels(s.labels, tracklets) if s.labels else None
     check_readable(tracklets)
+    if given is not None:
+        plan_epochs(given, s, s.K, s.epochs)  # fails here where identities fill no batch
+    elif not s.weights:
+        plan_epochs(tracklets.track, s, s.tracklet_K, s.tracklet_epochs)
 
     # the run folder, and what it holds already
     if run.rank == 0:

@@ -50,6 +50,8 @@ def test_every_setting_has_a_line_of_help(capsys):
     (["--teacher_temp", "0"], "expected a number above 0"),
     (["--save_every", "0"], "expected a number above 0"),
     (["--warmup", "1"], "expected a share of the steps"),
+    (["--lr", "-1"], "--lr -1.0: expected a number of 0 or more"),
+    (["--name", "../elsewhere"], "not a path"),
     (["--canvas", "16", "16"], "smaller than --size"),
     (["--local_size", "16", "8"], "need at least 32 16"),
     (["--weights", "nothing.pt"], "nothing.pt: no such file"),
