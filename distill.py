@@ -1,4 +1,4 @@
-"""Identity-guided self-distillation: how images of one person teach each other (paper, section 3.3; METHOD: DINO plus identities).
+"""Identity-guided self-distillation: how images of one person teach each other (paper, section 3.3).
 
 The views (random crops and augmentation), made on the batch and on the training device; the multi-crop forward; the loss in
 linear time; the two ways to keep the teacher from collapsing (running center, Sinkhorn-Knopp); the teacher's moving average.
