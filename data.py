@@ -143,10 +143,11 @@ def read_labels(file, tracklets: Tracklets) -> np.ndarray:
 
 
 class replacing:
-    """A temporary file beside `file`, moved over it when the block ends well: readers never see half of it."""
+    """A temporary file beside `file`, moved over it when the block ends well: readers never see half of it.
+    keep=False: only a temporary file, gone at the end."""
 
-    def __init__(self, file):
-        self.file = Path(file)
+    def __init__(self, file, keep: bool = True):
+        self.file, self.keep = Path(file), keep
         self.temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")
 
     def __enter__(self) -> Path:
@@ -154,7 +155,7 @@ class replacing:
         return self.temporary
 
     def __exit__(self, error, *_) -> None:
-        if error is None:
+        if error is None and self.keep:
             with open(self.temporary, "rb") as written:
                 os.fsync(written.fileno())
             os.replace(self.temporary, self.file)
@@ -258,10 +259,11 @@ def sample_identities(labels: np.ndarray, K: int, batch: int, seed: int, epoch: 
 HEIGHT, WIDTH = 128, 64
 
 
-def draw_walkers(root, seed: int = 0, people: int = 100, videos: int = 48, held_out: int = 60, chunk: int = 32) -> None:
+def draw_walkers(root, seed: int = 0, people: int = 100, videos: int = 48, held_out: int = 60, noise: float = 1.0, chunk: int = 32) -> None:
     """Draw a set of tracklets into root: train/ and test/ in LUPerson-NL's layout, their truth in train.json and test.json.
 
     The people and videos of test/ are others than those of train/; test/ holds fewer frames of each and no identity switches.
+    noise scales how often the tracker of train/ fails: switches, fragments, missed and false boxes; 0 is a perfect one.
     Deterministic in the arguments. Draws beside the root, then renames. Raises ValueError if the root exists.
     """
     root = Path(root)
@@ -271,7 +273,7 @@ def draw_walkers(root, seed: int = 0, people: int = 100, videos: int = 48, held_
     try:
         for split, n, v, frames in (("train", people, videos, (14, 24)), ("test", held_out, max(2, videos // 2), (6, 10))):
             random = np.random.default_rng([seed, split == "test"])
-            looks, cameras, boxes = draw_looks(random, n), draw_cameras(random, v), track_people(random, n, v, frames, split == "train")
+            looks, cameras, boxes = draw_looks(random, n), draw_cameras(random, v), track_people(random, n, v, frames, noise if split == "train" else 1.0, split == "train")
             for start in range(0, len(boxes["video"]), chunk):
                 part = {key: value[start : start + chunk] for key, value in boxes.items()}
                 images = torch.from_numpy(draw_boxes(random, looks, cameras, part))
@@ -288,7 +290,7 @@ def draw_walkers(root, seed: int = 0, people: int = 100, videos: int = 48, held_
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def track_people(random, people: int, videos: int, frames: tuple[int, int], switches: bool) -> dict[str, np.ndarray]:
+def track_people(random, people: int, videos: int, frames: tuple[int, int], noise: float, switches: bool) -> dict[str, np.ndarray]:
     """Who walks where and what the tracker makes of it: one row a box, arrays video, person (-1 for a false box), track,
     frame, heading (radians, 0 faces the camera), phase (gait) and place (along the video's scene)."""
     rows = []
@@ -309,13 +311,13 @@ def track_people(random, people: int, videos: int, frames: tuple[int, int], swit
         walks.sort(key=lambda walk: walk["tick"][0])
         for a, b in zip(walks[::2], walks[1::2]) if switches else ():  # identity switch: two tracks go on as each other
             low, high = max(a["tick"][0], b["tick"][0]) + 3, min(a["tick"][-1], b["tick"][-1]) - 3
-            if low < high and random.random() < 0.65:
+            if low < high and random.random() < 0.65 * noise:
                 at = random.integers(low, high)
                 a_track, b_track = a["track"][0], b["track"][0]
                 a["track"][a["tick"] >= at], b["track"][b["tick"] >= at] = b_track, a_track
         for walk in walks:  # fragmentation: the tracker loses the person for a frame or two and starts anew
             n = len(walk["tick"])
-            if random.random() < 0.5:
+            if random.random() < 0.5 * noise:
                 cut, gap = random.integers(n // 4, n - n // 4), random.integers(0, 3)
                 walk["track"][cut:] = tracks + (walk["track"][cut:] != walk["track"][cut])
                 tracks += 2
@@ -326,8 +328,8 @@ def track_people(random, people: int, videos: int, frames: tuple[int, int], swit
             walk["heading"] = random.uniform(-math.pi, math.pi) + random.uniform(-2.0, 2.0) * t / n
             walk["phase"] = random.uniform(0, 2 * math.pi) + random.uniform(0.8, 1.4) * t
             walk["place"] = random.uniform(0, 1) + random.uniform(0.01, 0.04) * t * random.choice([-1, 1])
-            walk["person"][random.random(n) < 0.02] = -1  # the box missed
-        for _ in range(random.integers(0, 3)):  # false tracklets: no person at all
+            walk["person"][random.random(n) < 0.02 * noise] = -1  # the box missed
+        for _ in range(random.integers(0, 1 + round(2 * noise))):  # false tracklets: no person at all
             n = random.integers(3, 8)
             tick, drift = random.integers(0, 2 * frames[1]) + np.arange(n), random.uniform(0, 1) + np.zeros(n)
             walks.append({"tick": tick, "person": np.full(n, -1), "track": np.full(n, tracks)} | dict.fromkeys(("heading", "phase", "place"), drift))

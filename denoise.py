@@ -2,7 +2,8 @@
 
 An identity is noise-free if all its images lie within a sphere (radius <= sigma, in cosine distance to the centroid) and no
 two identities compared are closer than tau. Level 1 cleans each tracklet, level 2 joins the tracklets of one video, level 3
-links people across a sliding range of videos. The algorithm works on arrays; reading and pictures come after it.
+links people across a sliding range of videos. The algorithm works on arrays, or on memory-mapped files of any size, of which
+it holds a few videos at a time; reading and pictures come after it.
 
     python denoise.py --weights runs/walkers-r10ibn/last.pt
 
@@ -11,30 +12,36 @@ Read first: `denoise`, `merge`, `noise`.
 import argparse
 import heapq
 import json
+import os
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torchvision.utils import make_grid, save_image
 
-from data import Images, Tracklets, find_splits, read_labels, read_tracklets, refuse_unreadable, write_labels
-from evaluate import extract, framed, load_backbone
+from data import Images, Tracklets, find_splits, read_labels, read_tracklets, refuse_unreadable, replacing, write_labels
+from evaluate import extract_to_file, framed, load_backbone
 
-# ---------------------------------------------------------------- feature space
+TOLERANCE = 1e-6  # of float32 arithmetic, in cosine distance
+
+# ---------------------------------------------------------------- arrays
 
 
-def unit(features) -> np.ndarray:
-    """Rows (N, d) of any float type at unit length, float32. Raises ValueError for rows that are not finite or zero."""
+def unit(features, first: int = 0) -> np.ndarray:
+    """Rows (n, d) of any float type at unit length, float32. Raises ValueError for rows, numbered from `first`, that are not
+    finite or zero."""
     features = np.asarray(features, dtype=np.float32)
-    length = np.linalg.norm(features, axis=1, keepdims=True)
-    bad = np.flatnonzero(~np.isfinite(length[:, 0]) | (length[:, 0] == 0))
+    length = np.sqrt(np.einsum("nd,nd->n", features, features))
+    bad = np.flatnonzero(~np.isfinite(length) | (length == 0))
     if len(bad):
-        raise ValueError(f"features: {len(bad)} of {len(features)} rows are zero or not finite, the first: row {bad[0]}")
-    return features / length
+        raise ValueError(f"features: {len(bad)} of {len(features)} rows are zero or not finite, the first: row {first + bad[0]}")
+    return features / length[:, None]
 
 
 def dense(labels: np.ndarray) -> np.ndarray:
@@ -48,60 +55,176 @@ def dense(labels: np.ndarray) -> np.ndarray:
 def group_rows(labels: np.ndarray) -> list[np.ndarray]:
     """Rows of every label >= 0, in ascending order of labels."""
     order = np.argsort(labels, kind="stable")
-    order = order[labels[order] >= 0]
+    order = order[np.searchsorted(labels, 0, sorter=order) :]
     return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(order) else []
 
 
-def group_sums(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Sum of the features of each label 0..n-1, (n, d)."""
-    rows = np.flatnonzero(labels >= 0)
-    n = int(labels.max(initial=-1)) + 1
-    return coo_array((np.ones(len(rows), np.float32), (labels[rows], rows)), shape=(n, len(labels))).tocsr() @ features
+def slices(features, floats: int = 2**23):
+    """Consecutive slices over the rows of (N, d), of about `floats` numbers each: what is in memory at a time."""
+    step = max(1, floats // features.shape[1])
+    return (slice(start, min(start + step, len(features))) for start in range(0, len(features), step))
 
 
-def centroids_of(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def video_rows(features, video: np.ndarray, floats: int = 2**23):
+    """Rows of whole videos in their order, as many videos at a time as fit `floats` numbers."""
+    videos, waiting = group_rows(video), []
+    for rows in videos:
+        if waiting and (sum(map(len, waiting)) + len(rows)) * features.shape[1] > floats:
+            yield np.concatenate(waiting)
+            waiting = []
+        waiting.append(rows)
+    yield np.concatenate(waiting)
+
+
+def group_sums(features, labels: np.ndarray) -> np.ndarray:
+    """Sum of the unit features of each label 0..n-1, float32 (n, d); -1 left out. One pass."""
+    sums = np.zeros((int(labels.max(initial=-1)) + 1, features.shape[1]), np.float32)
+    for part in slices(features):
+        rows = np.flatnonzero(labels[part] >= 0)
+        names, place = np.unique(labels[part][rows], return_inverse=True)
+        member = coo_array((np.ones(len(rows), np.float32), (place, rows)), shape=(len(names), part.stop - part.start))
+        sums[names] += member.tocsr() @ unit(features[part], part.start)
+    return sums
+
+
+def centroids_of(features, labels: np.ndarray) -> np.ndarray:
     """Centroid c(S) of each label 0..n-1: the mean of its unit features, at unit length again. (n, d)."""
     sums = group_sums(features, labels)
-    return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+    sums /= np.maximum(np.sqrt(np.einsum("nd,nd->n", sums, sums)), 1e-12)[:, None]
+    return sums
 
 
-def whiten(features: np.ndarray, video: np.ndarray, prior: float = 16) -> np.ndarray:
-    """Features in a space where what all images share, or all images of a video, says nothing. (N, d) -> unit rows (N, d).
+def moments(video: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """A number for every (video, frame): int64 (N,)."""
+    frames, which = np.unique(frame, return_inverse=True)
+    return video * len(frames) + which
 
-    Each video's mean is subtracted (a camera makes its images alike), the overall mean counting as `prior` images more, so that
-    a video of few images keeps them. Then the covariance is divided out, shrunk towards a sphere by the oracle approximating
-    coefficient (Chen et al., 2010), so that few images or many dimensions do no harm.
+
+# ---------------------------------------------------------------- feature space
+
+
+class Space(NamedTuple):
+    """Where features are compared: x -> unit((x - shrunk mean of its video) @ matrix), found without a label."""
+
+    mean: np.ndarray  # (d,) of all images
+    prior: np.ndarray  # (), a video's mean counts the overall mean as this many images more; infinite: no video's own mean
+    matrix: np.ndarray  # (d, k)
+
+
+def fit_space(features, video: np.ndarray, track: np.ndarray, center: bool = True, whiten: bool = True, dull: float = 0.9) -> Space:
+    """The space in which what all images share, what a video shares, and what changes within a tracklet says little.
+
+    features (N, d), any float type; video, track (N,). One pass, O(N d^2); memory is d x d and a row for each video.
+    center: subtract each video's mean (a camera makes its images alike), shrunk towards the overall mean by the ratio of
+    variances between tracklets and between videos, so that a video of few people keeps them (empirical Bayes).
+    whiten: divide out the covariance, shrunk towards a sphere by the oracle approximating coefficient (Chen et al., 2010), so
+    that few images or many dimensions do no harm; then leave out directions that vary within tracklets at least `dull` times
+    as much as over all images, since they say nothing about who it is.
     """
-    features = unit(features)
     N, d = features.shape
-    overall = features.sum(0) / (N + prior)
-    mean = (group_sums(features, video) + prior * overall) / (np.bincount(video)[:, None] + prior)
-    centred = features - mean[video]
-    covariance = (centred.T @ centred / N).astype(np.float64)
-    trace, trace2 = np.trace(covariance), (covariance**2).sum()
-    shrink = min(1.0, ((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * (trace2 - trace**2 / d) + 1e-30))
-    values, vectors = np.linalg.eigh((1 - shrink) * covariance + shrink * trace / d * np.eye(d))
-    return unit(centred @ (vectors / np.sqrt(values.clip(1e-12 * values[-1]))).astype(np.float32))
+    video, track = dense(np.asarray(video)), dense(np.asarray(track))
+    V, T = video.max() + 1, track.max() + 1
+    sums, tracks = np.zeros((V, d)), np.zeros(V)  # by video: sum of features, number of tracklets
+    second, between = np.zeros((d, d)), np.zeros((d, d))  # sum of x x' over images, of n c c' over tracklets (c their means)
+    spread = 0.0  # sum of |c|^2 over tracklets
+    means = np.zeros((V, d))  # by video: sum of its tracklets' means
+    for rows in video_rows(features, video):
+        x = unit(features[rows])
+        names, mine = np.unique(track[rows], return_inverse=True)
+        size = np.bincount(mine)
+        c = group_sums(x, mine) / size[:, None]
+        home = np.empty(len(names), np.int64)
+        home[mine] = video[rows]
+        here, local = np.unique(home, return_inverse=True)
+        sums[here] += group_sums(x, np.unique(video[rows], return_inverse=True)[1])
+        np.add.at(means, home, c)
+        tracks[here] += np.bincount(local)
+        second += x.T @ x
+        between += (c * size[:, None]).T @ c
+        spread += float((c**2).sum())
+    count = np.bincount(video).astype(float)
+    mean = sums.sum(0) / N
+    prior = np.inf
+    if center:
+        of_video = means / tracks[:, None]
+        within = max(0.0, spread - (tracks[:, None] * of_video**2).sum()) / max(1, T - V)  # a tracklet around its video
+        over = ((of_video - of_video.mean(0)) ** 2).sum() / max(1, V - 1) - within * (1 / tracks).mean()  # a video around all
+        prior = N / T * within / over if over > 0 else np.inf
+        if V == 1:
+            prior = np.inf
+    shrunk = shrink_means(sums, count, mean, prior)
+    cross = sums.T @ shrunk
+    total = (second - cross - cross.T + (shrunk * count[:, None]).T @ shrunk) / N
+    if not whiten:
+        return Space(mean.astype(np.float32), np.float32(prior), np.eye(d, dtype=np.float32))
+    trace, trace2 = max(np.trace(total), 1e-9), (total**2).sum()
+    shrink = np.clip(((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * max(trace2 - trace**2 / d, 1e-30)), 0, 1)
+    values, vectors = np.linalg.eigh((1 - shrink) * total + shrink * trace / d * np.eye(d))
+    matrix = vectors / np.sqrt(values.clip(1e-9 * trace / d))
+    if N > T:
+        share, directions = np.linalg.eigh(matrix.T @ (second - between) @ matrix / (N - T))
+        if (share < dull).sum() > 1:
+            matrix = matrix @ directions[:, share < dull]
+    return Space(mean.astype(np.float32), np.float32(prior), matrix.astype(np.float32))
+
+
+def shrink_means(sums: np.ndarray, count: np.ndarray, mean: np.ndarray, prior: float) -> np.ndarray:
+    """Means of groups, `mean` counting as `prior` members more. sums (n, d), count (n,) -> (n, d)."""
+    weight = (1 / (1 + prior / count))[:, None] if np.isfinite(prior) else np.zeros((len(count), 1))
+    return weight * sums / count[:, None] + (1 - weight) * mean
+
+
+def place(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, space: Space, smooth: int = 1, out=None):
+    """Features in a space, unit rows (N, k) float32, or written to `out`, an array or a memory-mapped file of any float type.
+
+    smooth: an image counts together with so many images before and after it in its tracklet, 0 for itself alone: one blurred
+    or hidden moment says little about who it is. Works for later images too: their videos' means are their own.
+    """
+    out = np.empty((len(video), space.matrix.shape[1]), np.float32) if out is None else out
+    for rows in video_rows(features, video):
+        rows = rows[np.lexsort((frame[rows], track[rows]))]
+        x, local = unit(features[rows]), np.unique(video[rows], return_inverse=True)[1]
+        x -= shrink_means(group_sums(x, local), np.bincount(local), space.mean, float(space.prior))[local].astype(np.float32)
+        x = x @ space.matrix
+        length = np.linalg.norm(x, axis=1, keepdims=True)
+        x = np.where(length > 1e-6, x, 1e-6) / np.maximum(length, 1e-6)  # an image that is all mean: any direction will do
+        around = x.copy()
+        for k in range(1, smooth + 1):
+            same = (track[rows[k:]] == track[rows[:-k]])[:, None]
+            around[k:] += same * x[:-k]
+            around[:-k] += same * x[k:]
+        out[rows] = around / np.linalg.norm(around, axis=1, keepdims=True)
+    return out
 
 
 # ---------------------------------------------------------------- noise
 
 
-def noise(features, labels: np.ndarray, sigma: float, tau: float, block: int = 1024) -> tuple[float, float]:
+def noise(features, labels: np.ndarray, sigma: float, tau: float, video: np.ndarray | None = None, window: int = 32,
+          stride: int = 16) -> tuple[float, float]:  # fmt: skip
     """What of a labelling is noise (paper, section 3.1): share of images outside their identity's sphere of radius sigma, and
-    share of identities with another identity's centroid closer than tau. features (N, d), labels (N,), -1 left out."""
-    features, labels = unit(features), dense(labels)
-    kept = labels >= 0
-    if not kept.any():
+    share of identities with another identity's centroid closer than tau.
+
+    features (N, d), labels (N,), -1 left out. All identities are compared; given `video` (N,), those within a sliding range of
+    it, as in level 3. Two passes, and a centroid for each identity in memory.
+    """
+    labels = dense(labels)
+    if not len(labels) or labels.max() < 0:
         return 0.0, 0.0
     centroids = centroids_of(features, labels)
-    outside = 1 - np.einsum("nd,nd->n", features[kept], centroids[labels[kept]]) > sigma + 1e-6
+    outside, kept = 0, labels >= 0
+    for part in slices(features):
+        distance = 1 - np.einsum("nd,nd->n", unit(features[part], part.start), centroids[labels[part]])
+        outside += int((distance[kept[part]] > sigma + TOLERANCE).sum())
     close = np.zeros(len(centroids), bool)
-    for start in range(0, len(centroids), block):
-        distance = 1 - centroids[start : start + block] @ centroids.T
-        distance[np.arange(len(distance)), start + np.arange(len(distance))] = np.inf
-        close[start : start + block] = (distance < tau).any(1)
-    return float(outside.mean()), float(close.mean())
+    everyone = [np.arange(len(centroids))] if video is None else ranges(labels, dense(video), window, stride)
+    for here in everyone:
+        c = centroids[here]
+        for start in range(0, len(here), 1024):
+            distance = 1 - c[start : start + 1024] @ c.T
+            distance[np.arange(len(distance)), start + np.arange(len(distance))] = np.inf
+            close[here[start : start + 1024]] |= (distance < tau - TOLERANCE).any(1)
+    return outside / int(kept.sum()), float(close.mean())
 
 
 def pairwise_scores(labels: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -137,217 +260,349 @@ def trim(features: np.ndarray, sigma: float) -> np.ndarray:
     return kept
 
 
-def split_switches(features: np.ndarray, track: np.ndarray, frame: np.ndarray, tau: float, shortest: int = 2) -> np.ndarray:
+def split_switches(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, tau: float, shortest: int = 2) -> np.ndarray:
     """Cut tracklets where the tracker went over to somebody else: two parts as far apart as two people are two people.
 
     Each tracklet is cut in time where that explains most of its variance, if the parts' centroids are at least tau apart, and
-    so on within the parts, which keep `shortest` images or more. A needless cut costs little: level 2 merges the parts again.
+    so on within the parts, which have `shortest` images or more. A needless cut costs little: level 2 merges the parts again.
     Not in the paper; without it half a tracklet pulls the other half's centroid along, and level 1 finds nobody to drop.
-    features: unit rows (N, d). Returns track numbers (N,), 0..n-1.
+    features (N, d), the rest (N,). Returns track numbers (N,), 0..n-1; -1 for the last image before a cut and the first after
+    it, which may be either's: level 2 finds their place.
     """
-    order = np.lexsort((frame, track))
-    waiting, parts = [order[rows] for rows in group_rows(track[order])], []
-    while waiting:
-        rows = waiting.pop()
-        sizes = np.arange(shortest, len(rows) - shortest + 1)  # of the first part
-        if len(sizes):
-            sums = features[rows].cumsum(0)
-            first, second = sums[sizes - 1], sums[-1] - sums[sizes - 1]
-            a, b = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1)
-            best = (a**2 / sizes + b**2 / (len(rows) - sizes)).argmax()
-            if first[best] @ second[best] <= (1 - tau) * a[best] * b[best]:
-                waiting += [rows[: sizes[best]], rows[sizes[best] :]]
-                continue
-        parts.append(rows)
-    out = np.empty(len(track), np.int64)
-    for n, rows in enumerate(sorted(parts, key=lambda rows: (track[rows[0]], frame[rows[0]]))):
-        out[rows] = n
+    out, count = np.full(len(track), -1, np.int64), 0
+    for rows in video_rows(features, video):
+        rows = rows[np.lexsort((frame[rows], track[rows], video[rows]))]
+        x = unit(features[rows])
+        for of_track in group_rows(np.unique(track[rows], return_inverse=True)[1]):
+            waiting = [(of_track[0], of_track[-1] + 1)]
+            while waiting:
+                start, stop = waiting.pop()
+                sizes = np.arange(shortest, stop - start - shortest + 1)  # of the first part
+                if len(sizes):
+                    sums = x[start:stop].cumsum(0)
+                    first, second = sums[sizes - 1], sums[-1] - sums[sizes - 1]
+                    a, b = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1)
+                    best = (a**2 / sizes + b**2 / (stop - start - sizes)).argmax()
+                    if first[best] @ second[best] <= (1 - tau) * a[best] * b[best]:
+                        cut = start + sizes[best]
+                        waiting += [(cut, stop), (start, cut)]
+                        continue
+                inner = rows[start + (start > of_track[0]) : stop - (stop <= of_track[-1])]
+                out[inner] = count
+                count += len(inner) > 0
     return out
 
 
-def single_tracklet(features: np.ndarray, track: np.ndarray, moment: np.ndarray, sigma: float, min_images: int = 2,
-                    cannot_link: bool = True) -> np.ndarray:  # fmt: skip
+def single_tracklet(features, video: np.ndarray, track: np.ndarray, sigma: float, min_images: int = 2) -> np.ndarray:
     """Level 1: what is consistent in each tracklet. Labels (N,), the tracklet's number, or -1 for anomalies.
 
-    features: unit rows (N, d). track: (N,), -1 to leave an image out. moment: (N,), the same where video and frame are.
+    features (N, d); video, track (N,), track -1 to leave an image out. A tracklet that keeps fewer than min_images dissolves.
     """
     labels = np.full(len(track), -1, np.int64)
-    for rows in group_rows(track):
-        if cannot_link:  # two boxes of one frame in one tracklet: only the one nearest the centroid can be the person
-            near = rows[np.argsort(-(features[rows] @ features[rows].sum(0)), kind="stable")]
-            rows = near[np.unique(moment[near], return_index=True)[1]]
-        rows = rows[trim(features[rows], sigma)]
-        if len(rows) >= min_images:
-            labels[rows] = track[rows]
+    for rows in video_rows(features, video):
+        rows = rows[track[rows] >= 0]
+        x, local = unit(features[rows]), np.unique(track[rows], return_inverse=True)[1]
+        outside = 1 - np.einsum("nd,nd->n", x, centroids_of(x, local)[local]) > sigma
+        kept = np.ones(len(rows), bool)
+        for n in np.unique(local[outside]):  # the others are spheres already
+            members = np.flatnonzero(local == n)
+            kept[members] = trim(x[members], sigma)
+        kept &= np.bincount(local, weights=kept, minlength=1)[local] >= min_images
+        labels[rows[kept]] = track[rows[kept]]
     return labels
 
 
-class Rule:
-    """When a set of images can be one identity: radius <= sigma and, with `cannot_link`, no two of them in one frame."""
-
-    def __init__(self, features: np.ndarray, moment: np.ndarray, sigma: float, tau: float, cannot_link: bool = True):
-        self.features, self.moment, self.sigma, self.tau, self.cannot_link = features, moment, sigma, tau, cannot_link
-
-    def allows(self, rows: np.ndarray) -> bool:
-        if self.cannot_link and len(np.unique(self.moment[rows])) < len(rows):
-            return False
-        members = self.features[rows]
-        total = members.sum(0)
-        return bool((members @ total).min() >= (1 - self.sigma) * np.linalg.norm(total) - 1e-6)
+def consistent(features, rows: np.ndarray, moment: np.ndarray, sigma: float, cannot_link: bool = True) -> bool:
+    """Can these rows be one identity: radius <= sigma and, with `cannot_link`, no two of them in one frame."""
+    if cannot_link and len(np.unique(moment[rows])) < len(rows):
+        return False
+    members = unit(features[rows])
+    total = members.sum(0)
+    return bool((members @ total).min() >= (1 - sigma - TOLERANCE) * np.linalg.norm(total))
 
 
-def merge(identities: list[np.ndarray], rule: Rule) -> list[list[int]]:
-    """Join identities, closest first: while two centroids are closer than tau and the union is allowed, the union replaces both.
+def merge(features, identities: list[np.ndarray], moment: np.ndarray, sigma: float, tau: float, cannot_link: bool = True,
+          sums: np.ndarray | None = None, fresh: np.ndarray | None = None, pairs: np.ndarray | None = None) -> list[list[int]]:  # fmt: skip
+    """Join identities, closest first: while two centroids are closer than tau and their union is consistent, it replaces both.
 
-    identities: rows of each. Returns the groups, lists of positions in `identities`. Exact: all pairs closer than tau wait in
-    a heap; a refused pair comes back only as part of a larger union.
+    features (N, d); identities: n arrays of rows; moment (N,), see `moments`. Returns the groups, lists of positions in
+    `identities`. Exact: every pair closer than tau waits in a heap, and a refused pair can only come back in a larger union.
+    Of each identity its sum is kept, which rules most unions out: the mean distance of a part's members to the new centroid is
+    at most their largest. Members are read for the few pairs that pass.
+
+    sums (n, d): of their unit features, if known. fresh: bool (n,), pairs of two that are not fresh have been refused before.
+    pairs: integers (m, 2), the only ones to consider, inherited by unions; all if None.
     """
-    groups = [[n] for n in range(len(identities))]
-    members = list(identities)
-    centroid = lambda rows: unit(rule.features[rows].sum(0, keepdims=True))[0]
-    n, d = len(members), rule.features.shape[1]
-    centroids = np.empty((2 * n, d), np.float32)  # room for every union
-    centroids[:n] = np.reshape([centroid(rows) for rows in members], (n, d))
-    alive = np.arange(2 * n) < n
-    distance = 1 - centroids[:n] @ centroids[:n].T
-    heap = [(distance[i, j], i, j) for i, j in zip(*np.nonzero(np.triu(distance < rule.tau, 1)))]
-    heapq.heapify(heap)
+    n, groups = len(identities), [[k] for k in range(len(identities))]
+    if n < 2:
+        return groups
+    sums = np.stack([unit(features[rows]).sum(0) for rows in identities]) if sums is None else sums.copy()
+    fresh = np.ones(n, bool) if fresh is None else fresh
+    size = np.array([len(rows) for rows in identities])
+    square = np.einsum("nd,nd->n", sums, sums)
+    alive, age, heap = np.ones(n, bool), [0] * n, []
+    near = None if pairs is None else [set() for _ in range(n)]
+    known = [None] * n  # members and moments, once they are needed
+
+    def offer(a: np.ndarray, b: np.ndarray, dot: np.ndarray) -> None:
+        """Pairs a[k], b[k] whose sums have the product dot[k], onto the heap if they are close and may be consistent."""
+        close = dot > (1 - tau) * np.sqrt(square[a] * square[b])
+        a, b, dot = a[close], b[close], dot[close]
+        longest = np.minimum((square[a] + dot) / size[a], (square[b] + dot) / size[b])  # members' mean product with the union's sum
+        possible = longest >= (1 - sigma - TOLERANCE) * np.sqrt(square[a] + square[b] + 2 * dot)
+        a, b, dot = a[possible], b[possible], dot[possible]
+        for distance, i, j in zip((1 - dot / np.sqrt(square[a] * square[b])).tolist(), a.tolist(), b.tolist()):
+            heapq.heappush(heap, (distance, i, j, age[i], age[j]))
+
+    if near is None:
+        for start in range(0, n, 1024):
+            dot = sums[start : start + 1024] @ sums.T
+            a, b = np.nonzero(dot > (1 - tau) * np.sqrt(square[start : start + 1024, None] * square))
+            first = (a + start < b) & (fresh[a + start] | fresh[b])
+            offer(a[first] + start, b[first], dot[a[first], b[first]])
+    else:
+        for start in range(0, len(pairs), 2**16):
+            a, b = pairs[start : start + 2**16].T
+            offer(a, b, np.einsum("nd,nd->n", sums[a], sums[b]))
+        for a, b in pairs.tolist():
+            near[a].add(b)
+            near[b].add(a)
+
     while heap:
-        _, i, j = heapq.heappop(heap)
-        if not (alive[i] and alive[j]):
+        _, i, j, age_i, age_j = heapq.heappop(heap)
+        if age[i] != age_i or age[j] != age_j or not (alive[i] and alive[j]):
             continue
-        union = np.concatenate([members[i], members[j]])
-        if not rule.allows(union):
+        for k in (i, j):
+            if known[k] is None:
+                known[k] = unit(features[identities[k]]), set(moment[identities[k]].tolist())
+        if cannot_link and not known[i][1].isdisjoint(known[j][1]):
             continue
-        new = len(members)
-        members.append(union)
-        groups.append(groups[i] + groups[j])
-        alive[[i, j]] = False
-        centroids[new] = centroid(union)
-        others = np.flatnonzero(alive)
-        distance = 1 - centroids[others] @ centroids[new]
-        for k in np.flatnonzero(distance < rule.tau):
-            heapq.heappush(heap, (distance[k], others[k], new))
-        alive[new] = True
-    return [groups[n] for n in np.flatnonzero(alive[: len(groups)])]
+        total = sums[i] + sums[j]
+        limit = (1 - sigma - TOLERANCE) * np.linalg.norm(total)
+        if (known[i][0] @ total).min() < limit or (known[j][0] @ total).min() < limit:
+            continue
+        known[i] = np.concatenate([known[i][0], known[j][0]]), known[i][1] | known[j][1]
+        groups[i] += groups[j]
+        sums[i], size[i], square[i], age[i] = total, size[i] + size[j], total @ total, age[i] + 1
+        alive[j], groups[j], known[j] = False, None, None
+        if near is None:
+            others = np.flatnonzero(alive)
+        else:
+            near[i] |= near[j]
+            for k in near[j]:
+                near[k].discard(j)
+                near[k].add(i)
+            near[i] -= {i, j}
+            near[j] = None
+            others = np.array(sorted(near[i]), np.int64)
+        others = others[others != i]
+        offer(np.full(len(others), i), others, sums[others] @ sums[i])
+    return [group for group in groups if group]
 
 
-def single_video(features: np.ndarray, labels: np.ndarray, video: np.ndarray, track: np.ndarray, moment: np.ndarray,
-                 sigma: float, tau: float, min_images: int = 2, cannot_link: bool = True, recover: bool = True) -> np.ndarray:  # fmt: skip
+def merge_labels(features, labels: np.ndarray, moment: np.ndarray, *rule) -> np.ndarray:
+    """Labels (N,) after `merge` of all their identities."""
+    identities, labels = group_rows(labels), labels.copy()
+    for group in merge(features, identities, moment, *rule):
+        for n in group[1:]:
+            labels[identities[n]] = labels[identities[group[0]][0]]
+    return labels
+
+
+def single_video(features, labels: np.ndarray, video: np.ndarray, track: np.ndarray, frame: np.ndarray, sigma: float, tau: float,
+                 min_images: int = 2, cannot_link: bool = True, recover: bool = True) -> np.ndarray:  # fmt: skip
     """Level 2: identities within each video, out of level 1's labels. Labels (N,), -1 for what fits nowhere.
 
-    (a) merge fragments, (b) give each anomaly to the nearest identity that it fits, (c) take what is left of a tracklet's
-    anomalies, the other half of an identity switch, as a tracklet of its own and merge once more.
+    (a) merge fragments, (b) give each anomaly to the nearest identity if it is within sigma of it and fits, (c) take what is
+    left of a tracklet's anomalies, the other half of an identity switch, as a tracklet of its own and merge once more.
     """
-    rule = Rule(features, moment, sigma, tau, cannot_link)
-    labels = merge_labels(labels, video, rule)
+    out, count = np.full(len(labels), -1, np.int64), 0
     for rows in group_rows(video):
-        identities, anomalies = [rows[members] for members in group_rows(labels[rows])], rows[labels[rows] < 0]
-        if not identities or not len(anomalies):
-            continue
-        distance = 1 - features[anomalies] @ centroids_of(features[rows], dense(labels[rows])).T
-        nearest = distance.argmin(1)
-        for n in np.argsort(distance.min(1), kind="stable"):
-            home, wider = nearest[n], np.append(identities[nearest[n]], anomalies[n])
-            if distance[n, home] <= sigma and rule.allows(wider):
-                identities[home] = wider
-                labels[anomalies[n]] = labels[wider[0]]
-    if recover:
-        left = single_tracklet(features, np.where(labels < 0, track, -1), moment, sigma, min_images, cannot_link)
-        labels = np.where(left >= 0, left + labels.max(initial=0) + 1, labels)
-        labels = merge_labels(labels, video, rule)
-    return dense(labels)
+        x, moment, own = unit(features[rows]), frame[rows], dense(labels[rows])
+        own = merge_labels(x, own, moment, sigma, tau, cannot_link)
+        own = reallocate(x, own, moment, sigma, cannot_link)
+        if recover:
+            left = single_tracklet(x, video[rows], np.where(own < 0, track[rows], -1), sigma, min_images)
+            own = np.where(left >= 0, own.max() + 1 + left, own)
+            own = merge_labels(x, own, moment, sigma, tau, cannot_link)
+        own = dense(own)
+        out[rows] = np.where(own >= 0, own + count, -1)
+        count += own.max() + 1
+    return out
 
 
-def merge_labels(labels: np.ndarray, video: np.ndarray, rule: Rule) -> np.ndarray:
-    """Merge identities (N,) within each video. Labels (N,)."""
-    labels = labels.copy()
-    for rows in group_rows(video):
-        identities = [rows[members] for members in group_rows(labels[rows])]
-        for group in merge(identities, rule):
-            for n in group:
-                labels[identities[n]] = labels[identities[group[0]][0]]
+def reallocate(features: np.ndarray, labels: np.ndarray, moment: np.ndarray, sigma: float, cannot_link: bool = True) -> np.ndarray:
+    """Level 2 (b) for the unit features (n, d) of one video: labels (n,) in which anomalies have joined the nearest identity,
+    those nearest to one first, if they are within sigma of its centroid and it stays consistent."""
+    identities, anomalies, labels = group_rows(labels), np.flatnonzero(labels < 0), labels.copy()
+    if not identities or not len(anomalies):
+        return labels
+    distance = 1 - features[anomalies] @ centroids_of(features, dense(labels)).T
+    nearest, distance = distance.argmin(1), distance.min(1)
+    for n in np.argsort(distance, kind="stable")[: (distance <= sigma).sum()]:
+        wider = np.append(identities[nearest[n]], anomalies[n])
+        if consistent(features, wider, moment, sigma, cannot_link):
+            identities[nearest[n]] = wider
+            labels[anomalies[n]] = labels[wider[0]]
     return labels
 
 
-def cross_video(features: np.ndarray, labels: np.ndarray, video: np.ndarray, moment: np.ndarray, sigma: float, tau: float,
-                window: int = 32, stride: int = 16, cannot_link: bool = True) -> np.ndarray:  # fmt: skip
+def ranges(labels: np.ndarray, video: np.ndarray, window: int, stride: int):
+    """Labels that have an image in each range of `window` consecutive videos, which moves by `stride`: arrays, one a range."""
+    rows = np.flatnonzero(labels >= 0)
+    rows = rows[np.argsort(video[rows], kind="stable")]
+    videos = int(video.max()) + 1
+    first = np.searchsorted(video[rows], np.arange(videos + 1))  # row of each video's first image
+    for start in range(0, max(1, videos - window + stride), stride):
+        yield np.unique(labels[rows[first[start] : first[min(start + window, videos)]]])
+
+
+def cross_video(features, labels: np.ndarray, video: np.ndarray, frame: np.ndarray, sigma: float, tau: float, window: int = 32,
+                stride: int = 16, cannot_link: bool = True) -> np.ndarray:  # fmt: skip
     """Level 3: people across videos, out of level 2's labels. Labels (N,).
 
     A range of `window` consecutive videos moves over all of them in steps of `stride`. A merge within a range links its
-    identities; what is linked through overlapping ranges becomes one. Where that union is not allowed, it is merged anew by
-    itself, closest first, as far as the rule goes.
+    identities; what is linked through overlapping ranges becomes one. Where that union is not consistent, the identities that
+    a range linked are merged anew, closest first, as far as the rule goes. Repeated with what has changed until nothing more
+    can be merged within any range. Linear in videos: a range's identities, and a sum for each identity, are in memory.
     """
-    rule, labels = Rule(features, moment, sigma, tau, cannot_link), dense(labels)
-    while labels.max(initial=-1) > 0:
-        identities = group_rows(labels)
-        first = np.array([video[rows].min() for rows in identities])
-        last = np.array([video[rows].max() for rows in identities])
-        links = [(n, n) for n in range(len(identities))]
-        for start in range(0, max(1, int(video.max()) + 1 - window + stride), stride):
-            here = np.flatnonzero((first < start + window) & (last >= start))
-            links += [(here[group[0]], here[n]) for group in merge([identities[n] for n in here], rule) for n in group]
-        a, b = np.array(links).T
-        component = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(len(identities),) * 2), directed=False)[1]
-        merged = np.full_like(labels, -1)
-        count = 0
-        for linked in group_rows(component):
-            parts = [identities[n] for n in linked]
-            whole = np.concatenate(parts)
-            groups = [range(len(parts))] if len(parts) == 1 or rule.allows(whole) else merge(parts, rule)
-            for group in groups:
-                for n in group:
-                    merged[parts[n]] = count
-                count += 1
-        if count == len(identities):  # nothing was merged
-            break
-        labels = merged
-    return labels
+    labels, video, moment = dense(labels), dense(video), moments(video, frame)
+    rule = moment, sigma, tau, cannot_link
+    fresh = np.ones(labels.max(initial=-1) + 1, bool)
+    while True:
+        identities, sums, links = group_rows(labels), group_sums(features, labels), []
+        for here in ranges(labels, video, window, stride) if fresh.any() else ():
+            if fresh[here].any():
+                for group in merge(features, [identities[n] for n in here], *rule, sums[here], fresh[here]):
+                    links += [(here[a], here[b]) for k, a in enumerate(group) for b in group[:k]]
+        if not links:
+            return labels
+        labels, fresh = follow(features, labels, identities, sums, np.unique(np.sort(links), axis=0), *rule)
 
 
-def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, high: float = 0.98,
-              low: float = 0.05) -> tuple[float, float]:  # fmt: skip
-    """sigma and tau from the data, without a label: images of one tracklet are mostly one person, two tracklets seen in one
-    frame are two people.
+def follow(features, labels: np.ndarray, identities: list[np.ndarray], sums: np.ndarray, links: np.ndarray, *rule) -> tuple:
+    """Make one identity of those that are linked, or as few as are consistent. links (m, 2): numbers of identities.
+    Returns labels (N,) and, for each new identity, whether it comes from linked ones, bool."""
+    n = len(identities)
+    component = connected_components(coo_array((np.ones(len(links)), links.T), shape=(n, n)), directed=False)[1]
+    linked = np.bincount(component)[component] > 1
+    links = links[np.argsort(component[links[:, 0]], kind="stable")]
+    start = np.searchsorted(component[links[:, 0]], np.arange(n + 1))  # row of each component's first link
+    new = component.copy()
+    for parts in group_rows(np.where(linked, component, -1)):
+        if not consistent(features, np.concatenate([identities[k] for k in parts]), rule[0], rule[1], rule[3]):
+            c = component[parts[0]]
+            pairs = np.searchsorted(parts, links[start[c] : start[c + 1]])
+            for group in merge(features, [identities[k] for k in parts], *rule, sums[parts], pairs=pairs)[1:]:
+                new[parts[group]] = n + parts[group[0]]
+    number = np.unique(new, return_inverse=True)[1]
+    fresh = np.zeros(number.max() + 1, bool)
+    fresh[number[linked]] = True
+    return np.where(labels >= 0, number[labels], -1), fresh
 
-    sigma: the `high` quantile of an image's distance to the centroid of the rest of its tracklet (itself in the centroid, an
-    image of a short tracklet would look closer than it can be to a large identity). tau: the `low` quantile of the distance
-    between centroids of tracklets that share a frame, or of any two tracklets' where none do. features (N, d), the rest (N,).
+
+def reunite(features, labels: np.ndarray, video: np.ndarray, frame: np.ndarray, sigma: float, tau: float, nearest: int = 8,
+            cannot_link: bool = True, block: int = 1024) -> np.ndarray:  # fmt: skip
+    """Beyond the paper: people who return after more videos than a range holds. Labels (N,), out of level 3's.
+
+    One more merge, over all identities, of which each offers its `nearest` others closer than tau. Quadratic in identities:
+    blocks of one matrix product over their centroids, never held whole.
     """
-    features, tracks = unit(features), dense(track)
-    sums = group_sums(features, tracks)
-    several = np.bincount(tracks)[tracks] > 1
-    rest = sums[tracks[several]] - features[several]
-    away = 1 - np.einsum("nd,nd->n", features[several], rest) / np.maximum(np.linalg.norm(rest, axis=1), 1e-12)
-    centroids = centroids_of(features, tracks)
-    seen = coo_array((np.ones(len(tracks)), (tracks, moments(video, frame)))).tocsr()
-    a, b = (seen @ seen.T).nonzero()
-    a, b = (a[a < b], b[a < b]) if (a < b).any() else np.triu_indices(min(len(centroids), 400), 1)
-    some = np.linspace(0, len(a) - 1, min(len(a), 100_000)).astype(np.int64)  # enough for a quantile
-    a, b = a[some], b[some]
-    between = 1 - np.einsum("nd,nd->n", centroids[a], centroids[b])
-    sigma = float(np.quantile(away, high)) if len(away) else 0.5  # nothing to measure: a cautious guess
-    return sigma, float(np.quantile(between, low)) if len(between) else sigma
-
-
-def moments(video: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """A number for every (video, frame): (N,)."""
-    return np.unique(np.stack([video, frame]), axis=1, return_inverse=True)[1].reshape(-1)
+    labels, moment = dense(labels), moments(dense(video), frame)
+    identities, centroids, pairs = group_rows(labels), centroids_of(features, labels), [np.empty((0, 2), np.int64)]
+    if len(identities) < 2:
+        return labels
+    for start in range(0, len(centroids), block):
+        similarity = torch.from_numpy(centroids[start : start + block]) @ torch.from_numpy(centroids).T
+        similarity[torch.arange(len(similarity)), start + torch.arange(len(similarity))] = -2
+        top = similarity.topk(min(nearest, len(centroids)))
+        a, k = np.nonzero(top.values.numpy() > 1 - tau)
+        pairs.append(np.sort(np.stack([a + start, top.indices.numpy()[a, k]], 1)))
+    pairs = np.unique(np.concatenate(pairs), axis=0)
+    del centroids
+    number = np.arange(len(identities))
+    for group in merge(features, identities, moment, sigma, tau, cannot_link, group_sums(features, labels), pairs=pairs):
+        number[group] = group[0]
+    return np.where(labels >= 0, dense(number)[labels], -1)
 
 
 # ---------------------------------------------------------------- chained
 
 
+def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, say=None) -> tuple[float, float]:
+    """sigma and tau from the data, without a label: images of one tracklet are mostly one person, two tracklets seen in one
+    frame are two people. features (N, d), in the space they will be compared in; the rest (N,).
+
+    far: the distance that 80% of the centroids of tracklets seen together exceed (trackers mix people up: the closest pairs
+    are often one person). sigma lies halfway from the distance that 95% of images keep to the centroid of the rest of their
+    tracklet to far; tau halfway from the median distance between a tracklet's first and second half to far. Halfway, since a
+    quantile of either kind alone moves with the tracker's faults. Measured on whole videos, evenly spread, of some 2^25
+    numbers. say, if given, is called with a sentence.
+    """
+    video, track, frame = dense(np.asarray(video)), np.asarray(track), np.asarray(frame)
+    step = -(-features.shape[0] * features.shape[1] // 2**25)
+    rows = np.flatnonzero(video % step == 0)
+    rows = rows[np.lexsort((frame[rows], track[rows]))]
+    x, track, moment = unit(features[rows]), dense(track[rows]), moments(video[rows], frame[rows])
+    size = np.bincount(track)
+    several = size[track] > 1
+    rest = group_sums(x, track)[track[several]] - x[several]
+    own = 1 - np.einsum("nd,nd->n", x[several], rest) / np.maximum(np.linalg.norm(rest, axis=1), 1e-12)
+    nth = np.arange(len(rows)) - (np.cumsum(size) - size)[track]  # an image's place in its tracklet
+    halves = centroids_of(x, 2 * track + (nth >= size[track] // 2))
+    halves = 1 - np.einsum("nd,nd->n", halves[::2], halves[1::2])[size >= 4]
+    seen = coo_array((np.ones(len(rows)), (track, np.unique(moment, return_inverse=True)[1]))).tocsr()
+    a, b = (seen @ seen.T).nonzero()
+    a, b = (a[a < b], b[a < b]) if (a < b).any() else np.triu_indices(min(len(size), 400), 1)
+    centroids = centroids_of(x, track)
+    strangers = 1 - np.einsum("nd,nd->n", centroids[a], centroids[b])
+    far = float(np.quantile(strangers, 0.2)) if len(strangers) else 1.0  # nothing to measure: at right angles
+    near = float(np.quantile(own, 0.95)) if len(own) else 0.0
+    half = float(np.median(halves)) if len(halves) else near
+    if say:
+        say(f"95% of images lie within {near:.3f} of the rest of their tracklet, halves of a tracklet {half:.3f} apart (median), "
+            f"80% of tracklets seen together {far:.3f} or more")  # fmt: skip
+    return min((near + far) / 2, 2.0), min((half + far) / 2, 2.0)
+
+
+def check_index(video, track, frame, name=lambda i: f"row {i}") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """video, track, frame as int64 (N,). Raises ValueError, with the `name` of the image, for what are not whole numbers (videos
+    must have an order for the range to slide over), a track in two videos, and two images of one track in one frame."""
+    out = []
+    for kind, array in (("video", video), ("track", track), ("frame", frame)):
+        array = np.asarray(array)
+        if array.ndim != 1 or array.dtype.kind not in "iuf":
+            raise ValueError(f"{kind}: expected whole numbers (N,), got {array.dtype} {array.shape}")
+        if array.dtype.kind == "f":
+            bad = np.flatnonzero(~(np.isfinite(array) & (array == np.floor(array))))
+            if len(bad):
+                raise ValueError(f"{kind} of {name(bad[0])} is {array[bad[0]]}: expected whole numbers, which have an order")
+        out.append(array.astype(np.int64))
+    video, track, frame = out
+    order = np.lexsort((frame, video, track))
+    a, b = order[:-1], order[1:]
+    for bad, what in ((video[a] != video[b], "are of one track in two videos"), (frame[a] == frame[b], "are of one track in one frame")):
+        bad = np.flatnonzero(bad & (track[a] == track[b]))
+        if len(bad):
+            first, second = sorted((int(a[bad[0]]), int(b[bad[0]])))
+            raise ValueError(f"{name(first)} and {name(second)} {what} (track {track[first]}, frame {frame[first]}); {len(bad):,} such pairs")
+    return video, track, frame
+
+
 def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int = 2, window: int = 32, stride: int = 16,
-            split: bool = True, cannot_link: bool = True, recover: bool = True, report=None) -> np.ndarray:  # fmt: skip
+            split: bool = True, cannot_link: bool = True, recover: bool = True, returning: bool = False, report=None) -> np.ndarray:  # fmt: skip
     """Identities from tracklets: calibration and the three levels. Labels int64 (N,), 0..n-1, -1 for noise.
 
-    features: (N, d), any float type, normalised here; those of a network are worth far more after `whiten`. video, track,
-    frame: integers (N,); the range slides over videos in the order of their numbers; a track number belongs to one video.
-    sigma, tau: thresholds in [0, 2]; calibrated where None. report, if given, is called with (level, labels, noise) before the first level and after each.
-    Raises ValueError for arrays of different lengths, features that are zero or not finite, thresholds out of range.
+    features: (N, d), array or memory-mapped, any float type, normalised here; those of a network are worth far more after
+    `place`. video, track, frame: integers (N,); the range slides over videos in the order of their numbers; a track number
+    belongs to one video. sigma, tau: thresholds in [0, 2]; calibrated where None. split: cut identity switches before level 1.
+    returning: look for people who stay away for longer than a range, see `reunite`. report, if given, is called with
+    (level, labels, noise) before the first level and after each. The order of rows does not matter; in the order of video,
+    track and frame they are read without a copy. Raises ValueError for arrays of different lengths, features that are zero or
+    not finite, thresholds out of range, and what `check_index` refuses.
     """
-    video, track, frame = (np.asarray(a) for a in (video, track, frame))
+    if np.ndim(features) != 2 or not len(features):
+        raise ValueError(f"features: expected (N, d) with N of 1 or more, got {np.shape(features)}")
     for name, array in (("video", video), ("track", track), ("frame", frame)):
         if len(array) != len(features):
             raise ValueError(f"{name} has {len(array)} rows, features have {len(features)}")
@@ -356,60 +611,96 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
             raise ValueError(f"{name}={value}: a cosine distance lies in [0, 2]")
     if not 1 <= stride < max(window, 2):
         raise ValueError(f"stride={stride}, window={window}: ranges must overlap, so 1 <= stride < window")
-    features, video, track, moment = unit(features), dense(video), dense(track), moments(video, frame)
+    video, track, frame = check_index(video, track, frame)
+    features = features if isinstance(features, np.ndarray) else np.asarray(features)
+    for part in slices(features):
+        unit(features[part], part.start)  # raises for rows that are zero or not finite
+    order = np.lexsort((frame, track, video))
+    if (np.diff(order) != 1).any():
+        labels, options = np.empty(len(order), np.int64), dict(split=split, cannot_link=cannot_link, recover=recover, returning=returning)
+        back = (lambda level, found, share: report(level, found[np.argsort(order)], share)) if report else None
+        labels[order] = denoise(features[order], video[order], track[order], frame[order], sigma, tau, min_images, window, stride, report=back, **options)
+        return labels
+    video, track = dense(video), dense(track)
     if sigma is None or tau is None:
         chosen = calibrate(features, video, track, frame)
         sigma, tau = chosen[0] if sigma is None else sigma, chosen[1] if tau is None else tau
-    tell = lambda level, labels: report and report(level, labels, noise(features, labels, sigma, tau))
+    tell = lambda level, labels: report and report(level, labels, noise(features, labels, sigma, tau, video, window, stride))
     tell("tracklets", track)
     if split:
-        track = split_switches(features, track, frame, tau)
-    labels = single_tracklet(features, track, moment, sigma, min_images, cannot_link)
+        track = split_switches(features, video, track, frame, tau)
+    labels = single_tracklet(features, video, track, sigma, min_images)
     tell("single tracklet", labels)
-    labels = single_video(features, labels, video, track, moment, sigma, tau, min_images, cannot_link, recover)
+    labels = single_video(features, labels, video, track, frame, sigma, tau, min_images, cannot_link, recover)
     tell("single video", labels)
-    labels = cross_video(features, labels, video, moment, sigma, tau, window, stride, cannot_link)
-    tell("cross video", labels)
-    return dense(labels)
+    labels = cross_video(features, labels, video, frame, sigma, tau, window, stride, cannot_link)
+    if returning:
+        tell("cross video", labels)
+        labels = reunite(features, labels, video, frame, sigma, tau, cannot_link=cannot_link)
+    tell("returning" if returning else "cross video", labels)
+    return labels
 
 
-def denoise_tracklets(tracklets: Tracklets, features: np.ndarray, truth: np.ndarray | None = None, sigma: float | None = None,
-                      tau: float | None = None, print_line=print, **options) -> tuple[np.ndarray, dict]:  # fmt: skip
-    """Whiten, calibrate and denoise an index of tracklets, printing a line for each level.
+class Rows:
+    """Some rows of an array, read when they are asked for."""
 
-    features (N, d): a zero row is an unreadable image, and gets -1. truth (N,), where it is known, is only measured against.
-    Returns the labels (N,) and the figures for log.jsonl: identities, images kept, noise, thresholds, F1. options: `denoise`'s.
+    def __init__(self, array, rows: np.ndarray):
+        self.array, self.rows, self.shape = array, rows, (len(rows), array.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, which) -> np.ndarray:
+        return self.array[self.rows[which]]
+
+
+def denoise_tracklets(tracklets: Tracklets, features, scratch, truth: np.ndarray | None = None, sigma: float | None = None,
+                      tau: float | None = None, center: bool = True, whiten: bool = True, smooth: int = 1, print_line=print,
+                      **options) -> tuple[np.ndarray, dict, Space]:  # fmt: skip
+    """Fit the space, calibrate and denoise an index of tracklets, printing a line for each level.
+
+    features (N, d), array or memory-mapped: a zero row is an unreadable image, and gets -1. scratch: a file for the features in
+    their space, removed at the end. truth (N,), where it is known, is only measured against. options: `denoise`'s.
+    Returns the labels (N,), the figures for log.jsonl (identities, images kept, noise, thresholds, F1) and the space.
     """
-    rows = np.flatnonzero(features.any(1))
+    if len(features) != len(tracklets) or features.ndim != 2:
+        raise ValueError(f"features are {features.shape}, the index has {len(tracklets):,} images: expected a row for each")
     clock, report, full = time.time(), {}, np.full(len(tracklets), -1)
+    rows = np.concatenate([part.start + np.flatnonzero(np.any(features[part], axis=1)) for part in slices(features)])
+    unreadable = np.setdiff1d(np.arange(len(tracklets)), rows)
+    refuse_unreadable(tracklets, unreadable, len(tracklets))
+    if len(unreadable):
+        print_line(f"{len(unreadable):,} unreadable images are left out, the first: {tracklets.path(unreadable[0])}")
+    features = features if len(rows) == len(features) else Rows(features, rows)
     video, track, frame = tracklets.video[rows], tracklets.track[rows], tracklets.frame[rows]
-    space = whiten(features[rows], video)
-    chosen = calibrate(space, video, track, frame)
-    sigma, tau = chosen[0] if sigma is None else sigma, chosen[1] if tau is None else tau
-    print_line(f"sigma {sigma:.3f}, tau {tau:.3f} (calibrated from the tracklets: {chosen[0]:.3f}, {chosen[1]:.3f})")
-    header = f"{'level':<16} identities  images kept   noise: images  identities"
-    print_line(header + ("   precision  recall     F1" if truth is not None else ""))
+    space = fit_space(features, video, track, center, whiten)
+    with replacing(scratch, keep=False) as temporary:
+        placed = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(rows), space.matrix.shape[1]))
+        place(features, video, track, frame, space, smooth, placed)
+        chosen = calibrate(placed, video, track, frame, print_line)
+        sigma, tau = chosen[0] if sigma is None else sigma, chosen[1] if tau is None else tau
+        print_line(f"sigma {sigma:.3f}, tau {tau:.3f} (calibrated: {chosen[0]:.3f}, {chosen[1]:.3f}) in {placed.shape[1]} dimensions of {space.matrix.shape[0]}")
+        header = f"{'level':<16} identities  images kept   noise: images  identities"
+        print_line(header + ("   precision  recall     F1" if truth is not None else ""))
 
-    def tell(level, labels, share):
-        nonlocal full
-        full = np.full(len(tracklets), -1)
-        full[rows] = labels
-        line = f"{level:<16} {len(np.unique(labels[labels >= 0])):>10,}  {(labels >= 0).sum():>11,}  {share[0]:>14.1%}  {share[1]:>10.1%}"
-        if truth is not None:
-            scores = pairwise_scores(full, truth)
-            line += f"   {scores['precision']:>9.3f}  {scores['recall']:>6.3f}  {scores['f1']:>5.3f}"
-            report.setdefault("f1_tracklets", scores["f1"])
-            report.update(scores)
-        report.setdefault("noise_before", share)
-        report.update(identities=int(labels.max() + 1), images_kept=int((labels >= 0).sum()), noise_after=share)
-        print_line(line)
+        def tell(level, labels, share):
+            full[rows] = labels
+            line = f"{level:<16} {len(np.unique(labels[labels >= 0])):>10,}  {(labels >= 0).sum():>11,}  {share[0]:>14.1%}  {share[1]:>10.1%}"
+            if truth is not None:
+                scores = pairwise_scores(full, truth)
+                line += f"   {scores['precision']:>9.3f}  {scores['recall']:>6.3f}  {scores['f1']:>5.3f}"
+                report.setdefault("f1_tracklets", scores["f1"])
+                report.update(scores)
+            report.setdefault("noise_before", share)
+            report.update(identities=int(labels.max() + 1), images_kept=int((labels >= 0).sum()), noise_after=share)
+            print_line(line)
 
-    denoise(space, video, track, frame, sigma, tau, report=tell, **options)
+        denoise(placed, video, track, frame, sigma, tau, report=tell, **options)
     for name, values in (("tracklets", tracklets.track), ("videos", tracklets.video)):
-        of = [len(np.unique(values[members])) for members in group_rows(full)]
-        report[f"{name}_per_identity"] = float(np.mean(of)) if of else 0.0
+        both = np.unique(np.stack([full[full >= 0], values[full >= 0]]), axis=1)
+        report[f"{name}_per_identity"] = both.shape[1] / max(1, report["identities"])
     print_line("an identity spans {tracklets_per_identity:.1f} tracklets, {videos_per_identity:.1f} videos".format(**report))
-    return full, report | {"sigma": sigma, "tau": tau, "seconds": time.time() - clock}
+    return full, report | {"sigma": sigma, "tau": tau, "seconds": time.time() - clock, "unreadable": unreadable.tolist()}, space
 
 
 def show_identities(file, tracklets: Tracklets, labels: np.ndarray, people: int = 12, columns: int = 14) -> None:
@@ -431,45 +722,76 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     default = "runs/walkers-r10ibn/last.pt"
     parser.add_argument("--weights", default=default, help=f"checkpoint of a run, or backbone weights (default: {default})")
+    parser.add_argument("--features", help="features of any other encoder instead: a .npy file (N, d), a row for each line of --index")
     parser.add_argument("--data", default="data/walkers", help="folder of tracklets (default: data/walkers)")
+    parser.add_argument("--index", action="store_true", help="print the images in the order of their rows, and stop")
     parser.add_argument("--out", default="identities.json", help="annotation to write; pictures and figures go beside it")
     parser.add_argument("--arch", help="architecture (default: what the checkpoint says)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="input size (default: what the checkpoint says)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that decode images")
     parser.add_argument("--sigma", type=float, help="intra-identity consistency (default: calibrated)")
     parser.add_argument("--tau", type=float, help="inter-identity discrimination (default: calibrated)")
-    parser.add_argument("--min_images", type=int, default=4, help="a tracklet that keeps fewer dissolves")
+    parser.add_argument("--min_images", type=int, default=2, help="a tracklet that keeps fewer dissolves")
     parser.add_argument("--window", type=int, default=32, help="videos in the sliding range")
     parser.add_argument("--stride", type=int, default=16, help="videos by which it moves")
-    parser.add_argument("--workers", type=int, default=1, help="processes that decode images")
+    parser.add_argument("--smooth", type=int, default=1, help="images before and after that an image is averaged with")
+    flags = {"center": "subtract each video's mean", "whiten": "divide out the covariance", "split": "cut identity switches",
+             "cannot_link": "tracklets of one frame are two people", "recover": "what is left of a tracklet may be another person"}  # fmt: skip
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=text)
+    parser.add_argument("--returning", action="store_true", help="look for people who stay away for longer than a range")
     args = parser.parse_args()
     out = Path(args.out)
-    summary, picture = out.with_suffix(".summary.json"), out.with_suffix(".png")
+    written = [out] + [out.with_suffix(suffix) for suffix in (".summary.json", ".space.npz", ".png")]
     if out.suffix != ".json":
         raise ValueError(f"--out {out}: expected a name that ends in .json")
-    for file in (out, summary, picture):
-        if file.exists():
+    for file in written:
+        if file.exists() and not args.index:
             raise ValueError(f"{file}: exists already; give another --out")
     for flag in ("sigma", "tau"):
         if getattr(args, flag) is not None and not 0 <= getattr(args, flag) <= 2:
             raise ValueError(f"--{flag} {getattr(args, flag)}: a cosine distance lies in [0, 2]")
+    for flag, least in (("min_images", 1), ("smooth", 0), ("workers", 0)):
+        if getattr(args, flag) < least:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: expected {least} or more")
+    if not 1 <= args.stride < args.window:
+        raise ValueError(f"--stride {args.stride} --window {args.window}: ranges must overlap, so 1 <= stride < window")
     train_folder, test_folder = find_splits(args.data)
     tracklets = read_tracklets(train_folder)
+    if args.index:
+        return print("\n".join(map(tracklets.path, range(len(tracklets)))))
+    check_index(tracklets.video, tracklets.track, tracklets.frame, tracklets.path)
     truth = Path(args.data) / "train.json" if test_folder else None
     truth = read_labels(truth, tracklets) if truth and truth.exists() else None
-    backbone, size, _ = load_backbone(args.weights, args.arch, args.size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.features:
+        try:
+            features = np.load(args.features, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--features {args.features}: expected an array in NumPy's .npy format; {error}") from None
+        if features.ndim != 2 or len(features) != len(tracklets) or features.dtype.kind != "f":
+            raise ValueError(f"--features {args.features}: {features.dtype} {features.shape}; expected float16 or float32 ({len(tracklets)}, d), "
+                             f"a row for each image of {train_folder} in the order of --index")  # fmt: skip
+    else:
+        if "RANK" in os.environ:
+            dist.init_process_group("gloo")  # processes only wait for each other
+        backbone, size, _ = load_backbone(args.weights, args.arch, args.size)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+        features = extract_to_file(out.parent, backbone.to(device), tracklets, size, device, args.workers)
+        if dist.is_initialized():
+            rank = dist.get_rank()
+            dist.destroy_process_group()
+            if rank > 0:
+                return
     print(f"{train_folder}: {tracklets}")
-    features = extract(backbone.to(device), tracklets, size, device, args.workers).numpy()
-    unreadable = np.flatnonzero(~features.any(1))
-    refuse_unreadable(tracklets, unreadable, len(tracklets))
-    if len(unreadable):
-        print(f"{len(unreadable):,} unreadable images were skipped, the first: {tracklets.path(unreadable[0])}")
-    options = {key: getattr(args, key) for key in ("sigma", "tau", "min_images", "window", "stride")}
-    labels, report = denoise_tracklets(tracklets, features, truth, **options)
+    names = ("sigma", "tau", "min_images", "window", "stride", "smooth", "returning", *flags)
+    labels, report, space = denoise_tracklets(tracklets, features, out.with_suffix(".scratch"), truth, **{name: getattr(args, name) for name in names})
     write_labels(out, tracklets, labels)
-    summary.write_text(json.dumps(report, indent=1) + "\n")
-    show_identities(picture, tracklets, labels)
-    print(f"written: {out}, {summary}, {picture}")
+    with replacing(written[1]) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+    with replacing(written[2]) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **space._asdict())
+    show_identities(written[3], tracklets, labels)
+    print(f"written: {', '.join(str(file) for file in written if file.exists())}")
 
 
 if __name__ == "__main__":

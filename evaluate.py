@@ -7,7 +7,10 @@ Ranking without sorting, mAP, CMC and mINP, the split of held-out walkers, and t
 Read first: `evaluate`, `retrieval_split`, `show_retrieval`.
 """
 import argparse
+import hashlib
+import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pad
 from torchvision.utils import make_grid, save_image
 
-from data import Images, Tracklets, find_splits, load_batches, read_labels, read_tracklets
+from data import Images, Tracklets, find_splits, load_batches, read_labels, read_tracklets, replacing
 from model import build, load_weights, normalize, read_checkpoint
 
 
@@ -92,6 +95,14 @@ def evaluate_features(features: Tensor, tracklets: Tracklets, ids: np.ndarray) -
 
 
 @torch.no_grad()
+def embed(backbone: nn.Module, tracklets: Tracklets, batches: list[np.ndarray], canvas: tuple[int, int], device, workers: int = 0):
+    """Features of batches of images: yields (rows, float32 (B, embed_dim) of unit length on the CPU), zero where unreadable."""
+    backbone.eval()
+    for rows, (images, readable) in zip(batches, load_batches(tracklets, batches, canvas, workers)):
+        out = backbone(normalize(images.to(device, non_blocking=True).float() / 255))
+        yield rows, F.normalize(out.float(), dim=1).cpu() * readable[:, None]
+
+
 def extract(backbone: nn.Module, tracklets: Tracklets, canvas: tuple[int, int], device, workers: int = 0, batch: int = 256) -> Tensor:
     """Features of all images, float32 (N, embed_dim) of unit length on the CPU; an image that cannot be read has a zero row.
 
@@ -99,16 +110,57 @@ def extract(backbone: nn.Module, tracklets: Tracklets, canvas: tuple[int, int], 
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = np.arange(rank, len(tracklets), world_size)
-    batches = [mine[start : start + batch] for start in range(0, len(mine), batch)]
     features = torch.zeros(len(tracklets), backbone.embed_dim)
-    backbone.eval()
-    for rows, (images, readable) in zip(batches, load_batches(tracklets, batches, canvas, workers)):
-        out = backbone(normalize(images.to(device, non_blocking=True).float() / 255))
-        features[rows] = F.normalize(out.float(), dim=1).cpu() * readable[:, None]
+    for rows, out in embed(backbone, tracklets, [mine[i : i + batch] for i in range(0, len(mine), batch)], canvas, device, workers):
+        features[rows] = out
     if world_size > 1:
         features = features.to(device)
         dist.all_reduce(features)
     return features.cpu()
+
+
+def extract_to_file(folder, backbone: nn.Module, tracklets: Tracklets, canvas: tuple[int, int], device, workers: int = 0,
+                    batch: int = 256, save_every: float = 30) -> np.ndarray:  # fmt: skip
+    """Features as `extract`'s, float16 (N, embed_dim), memory-mapped from folder/features-<key>.npy; the key stands for weights
+    and images. What is there is not computed again, and a run that was killed goes on where it was, on any number of processes
+    (which share the folder): blocks of `batch` images are ticked off in features-<key>.done, every `save_every` seconds.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    key = hashlib.sha256(repr((str(tracklets.root.resolve()), tracklets.folders, canvas, batch)).encode())
+    for array in (tracklets.name, tracklets.video, *(tensor.cpu().float().numpy() for tensor in backbone.state_dict().values())):
+        key.update(np.ascontiguousarray(array))
+    file = Path(folder) / f"features-{key.hexdigest()[:12]}.npy"
+    part, done = file.with_suffix(".part"), file.with_suffix(".done")
+    blocks = -(-len(tracklets) // batch)
+    wait = dist.barrier if world_size > 1 else lambda: None
+    wait()
+    if not file.exists():
+        if rank == 0 and not (part.exists() and done.exists()):
+            with replacing(part) as temporary:
+                np.lib.format.open_memmap(temporary, "w+", np.float16, (len(tracklets), backbone.embed_dim))
+            with replacing(done) as temporary:
+                np.zeros(blocks, bool).tofile(temporary)
+        wait()
+        features, ticks = np.lib.format.open_memmap(part, "r+"), np.memmap(done, bool, "r+")
+        mine = np.flatnonzero(~ticks)[rank::world_size]
+        wait()  # nobody ticks before all have looked
+        batches, finished, clock = [np.arange(b * batch, min((b + 1) * batch, len(tracklets))) for b in mine], [], time.time()
+        for block, (rows, out) in zip(mine, embed(backbone, tracklets, batches, canvas, device, workers)):
+            features[rows] = out.numpy()
+            finished.append(block)
+            if time.time() >= clock + save_every or block == mine[-1]:
+                features.flush()  # to the disk before it is said to be there
+                ticks[finished] = True
+                finished, clock = [], time.time()
+                if rank == 0 and block != mine[-1]:
+                    print(f"features of {ticks.mean():.1%} of {len(tracklets):,} images", flush=True)
+        del features
+        wait()
+        if rank == 0:
+            os.replace(part, file)
+            done.unlink()
+        wait()
+    return np.load(file, mmap_mode="r")
 
 
 def framed(image: Tensor, colour: tuple[float, float, float], width: int = 3) -> Tensor:

@@ -29,11 +29,11 @@ from data import (
     Images, check_readable, draw_walkers, find_splits, load_batches, read_labels, read_tracklets, refuse_unreadable, replace_unreadable,
     replacing, sample_identities, write_labels,
 )  # fmt: skip
-from denoise import denoise_tracklets, show_identities
+from denoise import check_index, denoise_tracklets, show_identities
 from distill import (
     Network, Views, all_reduce, make_views, matching_loss, show_views, sinkhorn, teacher_entropy, update_center, update_teacher,
 )  # fmt: skip
-from evaluate import evaluate_features, extract, show_retrieval
+from evaluate import evaluate_features, extract, extract_to_file, show_retrieval
 from model import Head, build, load_weights
 
 
@@ -88,7 +88,7 @@ class Settings:
     # denoising
     sigma: float = -1.0  # intra-identity consistency, cosine distance in [0, 2]; negative: calibrated from the tracklets
     tau: float = -1.0  # inter-identity discrimination, likewise
-    min_images: int = 4  # a tracklet that keeps fewer dissolves
+    min_images: int = 2  # a tracklet that keeps fewer dissolves
     window: int = 32  # videos in the sliding range
     stride: int = 16  # videos by which it moves
     # this machine
@@ -464,8 +464,10 @@ def main() -> None:
     check_readable(tracklets)
     if given is not None:
         plan_epochs(given, s, s.K, s.epochs)  # fails here where identities fill no batch
-    elif not s.weights:
-        plan_epochs(tracklets.track, s, s.tracklet_K, s.tracklet_epochs)
+    else:
+        check_index(tracklets.video, tracklets.track, tracklets.frame, tracklets.path)
+        if not s.weights:
+            plan_epochs(tracklets.track, s, s.tracklet_K, s.tracklet_epochs)
 
     # the run folder, and what it holds already
     if run.rank == 0:
@@ -549,21 +551,23 @@ def find_identities(run: Run, tracklets, truth: np.ndarray | None) -> np.ndarray
     """Denoise with the teacher's features, printing each level. Labels (N,), the same on every process."""
     s, clock = run.settings, time.time()
     average_buffers(run.teacher, run.world_size)
-    features = extract(run.teacher.backbone, tracklets, s.size, run.device, s.workers)
+    features = extract_to_file(run.folder, run.teacher.backbone, tracklets, s.size, run.device, s.workers)
     seconds = time.time() - clock
     run.say("denoise", f"{len(tracklets):,} features of {features.shape[1]} dimensions in {seconds:.0f} s, {len(tracklets) / seconds:,.0f} images/s")
-    run.unreadable.update(np.flatnonzero(~features.any(1).numpy()).tolist())
-    run.gather_unreadable(tracklets)
     labels = torch.full((len(tracklets),), -1)
     if run.rank == 0:
-        found, report = denoise_tracklets(
-            tracklets, features.numpy(), truth, print_line=lambda text: run.say("", text),
+        found, report, space = denoise_tracklets(
+            tracklets, features, run.folder / "features.scratch", truth, print_line=lambda text: run.say("", text),
             sigma=None if s.sigma < 0 else s.sigma, tau=None if s.tau < 0 else s.tau,
             min_images=s.min_images, window=s.window, stride=s.stride,
         )  # fmt: skip
+        run.unreadable.update(report.pop("unreadable"))
         run.log("denoise", **report)
+        with replacing(run.folder / "space.npz") as temporary, open(temporary, "wb") as file:
+            np.savez(file, **space._asdict())
         show_identities(run.folder / "denoised.png", tracklets, found)
         labels = torch.from_numpy(found)
+    run.gather_unreadable(tracklets)
     labels = labels.to(run.device)
     dist.broadcast(labels, 0)
     return labels.cpu().numpy()

@@ -36,13 +36,14 @@ def test_level_1_drops_one_image_at_a_time_as_defined(seed):
         assert np.flatnonzero(D.trim(features, sigma)).tolist() == kept
 
 
-def test_level_1_dissolves_what_is_too_short_and_keeps_one_box_a_frame():
+def test_level_1_dissolves_what_is_too_short_and_leaves_out_what_has_no_track():
     random = np.random.default_rng(0)
     a, b = np.eye(4)[0], np.eye(4)[1]
-    features = D.unit(np.stack([a, a, a, b, a, b]) + 0.01 * random.standard_normal((6, 4)))
-    track, moment = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 1, 2, 2, 5, 6])
-    assert D.single_tracklet(features, track, moment, sigma=0.1, min_images=2).tolist() == [0, 0, 0, -1, -1, -1]
-    assert (D.single_tracklet(features, track, moment, sigma=0.1, min_images=1) >= 0).sum() == 4
+    features = D.unit(np.stack([a, a, a, b, a, b, a]) + 0.01 * random.standard_normal((7, 4)))
+    video, track = np.zeros(7, int), np.array([0, 0, 0, 0, 5, 5, -1])
+    assert D.single_tracklet(features, video, track, sigma=0.1, min_images=2).tolist() == [0, 0, 0, -1, -1, -1, -1]
+    assert (D.single_tracklet(features, video, track, sigma=0.1, min_images=1) >= 0).sum() == 4
+    assert D.single_tracklet(features, video, track, sigma=2, min_images=3).tolist() == [0, 0, 0, 0, -1, -1, -1]
 
 
 def merge_by_definition(features, identities, sigma, tau):
@@ -67,11 +68,22 @@ def test_merge_equals_its_definition(seed):
     random = np.random.default_rng(seed)
     features = D.unit(random.standard_normal((40, 3)) * 0.5 + [1, 0, 0])
     identities = [rows for rows in np.split(np.arange(40), range(3, 40, 3))]
-    rule = D.Rule(features, np.arange(40), sigma=0.25, tau=0.3)
-    groups = D.merge(identities, rule)
+    groups = D.merge(features * 3, identities, np.arange(40), sigma=0.25, tau=0.3)  # any length
     got = {frozenset(np.concatenate([identities[n] for n in group]).tolist()) for group in groups}
     assert got == merge_by_definition(features.astype(float), identities, 0.25, 0.3)
     assert 1 < len(got) < len(identities)
+
+
+def test_merge_looks_only_at_the_pairs_it_is_given_and_what_unions_inherit():
+    angle = np.deg2rad([0, 1, 2.5, 4.5, 90])
+    features = np.stack([np.cos(angle), np.sin(angle)], 1)
+    identities, moment = [np.array([n]) for n in range(5)], np.arange(5)
+    merge = lambda **options: sorted(map(sorted, D.merge(features, identities, moment, 0.5, 0.1, **options)))
+    assert merge() == [[0, 1, 2, 3], [4]]
+    assert merge(pairs=np.array([[0, 2], [3, 4]])) == [[0, 2], [1], [3], [4]]
+    assert merge(pairs=np.array([[0, 1], [1, 3]])) == [[0, 1, 3], [2], [4]]  # 1's pair with 3 goes on as the union's
+    assert merge(fresh=np.arange(5) == 3) == [[0, 1, 2, 3], [4]]  # 3 meets 2, and the union everybody
+    assert merge(fresh=np.arange(5) == 4) == [[0], [1], [2], [3], [4]]
 
 
 def test_noise_by_hand():
@@ -108,27 +120,31 @@ def test_level_2_merges_fragments_takes_in_anomalies_and_recovers_the_other_half
     who = [a] * 5 + [b] * 4 + [a] * 4 + [b] * 4 + [junk] * 3 + [a]
     track = np.repeat([0, 1, 2, 3], [9, 4, 4, 4])
     features = D.unit(np.stack(who) + 0.01 * random.standard_normal((21, 8)))
-    moment, video = np.arange(21), np.zeros(21, int)
-    first = D.single_tracklet(features, track, moment, sigma=0.1)
+    frame, video = np.arange(21), np.zeros(21, int)
+    first = D.single_tracklet(features, video, track, sigma=0.1)
     assert first.tolist() == [0] * 5 + [-1] * 4 + [1] * 4 + [2] * 4 + [3] * 3 + [-1]
-    labels = D.single_video(features, first, video, track, moment, 0.1, 0.2)
+    labels = D.single_video(features, first, video, track, frame, 0.1, 0.2)
     assert len(set(labels[[0, 4, 9, 12, 20]])) == 1 and len(set(labels[[5, 8, 13, 16]])) == 1 and len(set(labels)) == 3
-    left = D.single_video(features, np.where(track == 2, -1, first), video, np.where(track == 2, -1, track), moment, 0.1, 0.2, recover=False)
+    without = np.where(track == 2, -1, first), video, np.where(track == 2, -1, track), frame, 0.1, 0.2
+    left = D.single_video(features, *without, recover=False)
     assert (left[[5, 8]] == -1).all()
-    again = D.single_video(features, np.where(track == 2, -1, first), video, np.where(track == 2, -1, track), moment, 0.1, 0.2, recover=True)
+    again = D.single_video(features, *without, recover=True)
     assert again[5] >= 0 and len(set(again[5:9])) == 1
 
 
-def test_switches_are_split_where_they_happen_and_nowhere_else():
+def test_switches_are_cut_where_they_happen_and_nowhere_else():
     random = np.random.default_rng(0)
     who = np.array([0] * 5 + [1] * 6 + [0] * 3 + [2] * 9)
     features = D.unit(np.eye(16)[who] + 0.1 * random.standard_normal((23, 16)))
-    track, frame = np.repeat([7, 3], [14, 9]), np.arange(23)
+    track, frame, video = np.repeat([7, 3], [14, 9]), np.arange(23), np.zeros(23, int)
     order = random.permutation(23)
     got = np.empty(23, np.int64)
-    got[order] = D.split_switches(features[order], track[order], frame[order], tau=0.5)
-    assert got.tolist() == [1] * 5 + [2] * 6 + [3] * 3 + [0] * 9
-    assert D.split_switches(features, track, frame, tau=1.5).tolist() == [1] * 14 + [0] * 9
+    got[order] = D.split_switches(features[order], video, track[order], frame[order], tau=0.5)
+    # the images on both sides of a cut belong to neither part yet
+    assert got.tolist() == [1] * 4 + [-1] + [-1] + [2] * 4 + [-1] + [-1] + [3] * 2 + [0] * 9
+    assert D.split_switches(features, video, track, frame, tau=1.5).tolist() == [1] * 14 + [0] * 9
+    labels = D.denoise(features, video, track, frame, 0.3, 0.5)
+    assert (labels[who == 0] == labels[0]).all() and len(set(labels)) == 3  # level 2 has found their place
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -139,41 +155,125 @@ def test_people_come_out_whole_and_switches_are_undone(seed):
     assert D.pairwise_scores(labels, truth)["f1"] == 1.0 > before
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_invariants_on_random_data(seed):
+def partition(labels):
+    """What belongs together, whatever its number; noise left out."""
+    return {frozenset(rows.tolist()) for rows in D.group_rows(labels)}
+
+
+def random_case(seed):
+    """Anything from clean to hopeless: features, video, track, frame and thresholds, window, stride."""
     random = np.random.default_rng(seed)
-    spread = random.uniform(0.3, 3)
-    features, video, track, frame, truth = people(random, n=5, videos=4, frames=6, d=8, spread=spread, switches=3)
-    sigma, tau = random.uniform(0.05, 0.6, 2)
+    spread, n, d = random.uniform(0.3, 3), random.integers(2, 7), random.integers(2, 12)
+    features, video, track, frame, _ = people(random, n=n, videos=5, frames=6, d=d, spread=spread, switches=3)
+    if seed % 4 == 0:  # adversarial: many images exactly alike, many distances exactly the same
+        features = D.unit(np.round(2 * features) + 1.5 * np.eye(d)[0])
+    window = int(random.integers(2, 6))
+    return features, video, track, frame, *random.uniform(0.02, 0.8, 2), window, int(random.integers(1, window))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_invariants_of_the_levels(seed):
+    features, video, track, frame, sigma, tau, window, stride = random_case(seed)
     moment = D.moments(video, frame)
-    first = D.single_tracklet(features, track, moment, sigma)
-    second = D.single_video(features, first, video, track, moment, sigma, tau)
-    third = D.cross_video(features, second, video, moment, sigma, tau, window=99)
+    first = D.single_tracklet(features, video, track, sigma)
+    second = D.single_video(features, first, video, track, frame, sigma, tau)
+    third = D.cross_video(features, second, video, frame, sigma, tau, window, stride)
     for labels in (first, second, third):
         for rows in D.group_rows(labels):
             assert radius(features[rows].astype(float)) <= sigma + 1e-5  # every identity within its sphere
             assert len(np.unique(moment[rows])) == len(rows)  # nobody twice in one frame
-        assert D.noise(features, labels, sigma, tau)[0] == 0
-    rule, identities = D.Rule(features, moment, sigma, tau), D.group_rows(third)
-    assert len(D.merge(identities, rule)) == len(identities)  # nothing is left to merge
+        assert D.noise(features, labels, sigma, tau)[0] == 0  # so no image is noise after level 1, and none again
+        assert labels.dtype == np.int64 and labels.min() >= -1
     assert ((third >= 0) == (second >= 0)).all()  # level 3 joins, it removes nothing
-    order = random.permutation(len(track))  # rows in another order: the same identities
-    again = D.denoise(features[order], video[order], track[order], frame[order], sigma, tau, window=99)
-    same = lambda labels: {frozenset(np.flatnonzero(labels == n).tolist()) for n in set(labels.tolist()) - {-1}}
-    back = np.empty_like(again)
-    back[order] = again
-    assert same(back) == same(D.denoise(features, video, track, frame, sigma, tau, window=99))
+    identities = [rows for rows in D.group_rows(third)]
+    for start in range(0, max(1, 5 - window + stride), stride):  # what a range compares and the rule allows is joined
+        here = [rows for rows in identities if ((video[rows] >= start) & (video[rows] < start + window)).any()]
+        assert len(D.merge(features, here, moment, sigma - 2e-6, tau - 2e-6)) == len(here)
+    assert partition(D.cross_video(features, third, video, frame, sigma, tau, window, stride)) == partition(third)  # once more: nothing
+    inside = {frozenset(rows.tolist()) for v in range(5) for rows in D.group_rows(np.where(video == v, second, -1))}
+    assert inside == partition(second)  # level 2 stays within videos
+
+
+@pytest.mark.parametrize("seed", range(1, 20, 2))
+def test_the_result_depends_on_neither_the_order_of_rows_nor_the_window_of_memory(seed, monkeypatch, tmp_path):
+    features, video, track, frame, sigma, tau, window, stride = random_case(seed)
+    options = dict(window=window, stride=stride)
+    labels = D.denoise(features, video, track, frame, sigma, tau, **options)
+    order = np.random.default_rng(seed).permutation(len(track))
+    again = D.denoise(features[order], video[order], track[order], frame[order], sigma, tau, **options)
+    assert (again == labels[order]).all()  # to the number
+    assert labels.max() + 1 == len(set(labels) - {-1})
+    features = features.astype(np.float16)
+    want = D.denoise(features, video, track, frame, sigma, tau, **options)
+    np.save(tmp_path / "features.npy", features)
+    monkeypatch.setattr(D, "slices", lambda f, slices=D.slices: slices(f, 50))
+    monkeypatch.setattr(D, "video_rows", lambda f, v, video_rows=D.video_rows: video_rows(f, v, 50))
+    assert (D.denoise(np.load(tmp_path / "features.npy", mmap_mode="r"), video, track, frame, sigma, tau, **options) == want).all()
+
+
+@pytest.mark.parametrize("seed", range(1, 20, 2))
+def test_a_range_over_all_videos_is_the_global_merge_whatever_their_order(seed):
+    features, video, track, frame, sigma, tau, _, _ = random_case(seed)
+    second = D.single_video(features, D.single_tracklet(features, video, track, sigma), video, track, frame, sigma, tau)
+    third = D.cross_video(features, second, video, frame, sigma, tau, window=5, stride=1, cannot_link=False)
+    assert partition(third) == merge_by_definition(features.astype(float), D.group_rows(second), sigma, tau)
+    other = np.random.default_rng(seed).permutation(5)[video]
+    assert partition(D.cross_video(features, second, other, frame, sigma, tau, window=9, stride=1, cannot_link=False)) == partition(third)
+
+
+def test_noise_can_rise_among_identities_and_why():
+    """The share of identities too close to another may rise by a merge that the rule demands: the union's centroid lies between
+    those of its parts, and so nearer to a third that was far enough from both. What holds: no image outside its sphere after
+    level 1, and after level 3 no two identities of a range closer than tau whose union would be consistent."""
+    vector = lambda aside, up: [np.cos(up) * np.cos(aside), np.cos(up) * np.sin(aside), np.sin(up)]
+    features = np.array([vector(np.deg2rad(a), np.deg2rad(b)) for a, b in ((10, 0), (-10, 0), (0, 30))])
+    angle = lambda degrees: 1 - np.cos(np.deg2rad(degrees))
+    sigma, tau, labels = angle(12), angle(31), np.arange(3)
+    assert D.noise(features, labels, sigma, tau) == (0.0, 2 / 3)  # the first two
+    merged = D.cross_video(features, labels, np.arange(3), np.arange(3), sigma, tau, window=3, stride=1)
+    assert merged.tolist() == [0, 0, 1]
+    assert D.noise(features, merged, sigma, tau) == (0.0, 1.0)  # their union and the third
+
+
+def test_level_1_can_raise_the_noise_of_identities_too():
+    angle = np.deg2rad([0, 0, 0, 60, -40, -40])  # one outlier holds a tracklet's centroid away from another's
+    features = np.stack([np.cos(angle), np.sin(angle)], 1)
+    sigma, tau, track = 0.1, 1 - np.cos(np.deg2rad(45)), np.array([0, 0, 0, 0, 1, 1])
+    first = D.single_tracklet(features, np.zeros(6, int), track, sigma)
+    assert first.tolist() == [0, 0, 0, -1, 1, 1]
+    assert D.noise(features, track, sigma, tau)[1] == 0 and D.noise(features, first, sigma, tau)[1] == 1
+
+
+def test_noise_compares_within_ranges():
+    features = np.eye(3)[[0, 1, 0, 2]]
+    labels, video = np.arange(4), np.array([0, 1, 5, 5])
+    assert D.noise(features, labels, 0.1, 0.1) == (0.0, 0.5)
+    assert D.noise(features, labels, 0.1, 0.1, video=np.array([0, 1, 2, 2]), window=2, stride=1) == (0.0, 0.0)
+    assert D.noise(features, labels, 0.1, 0.1, video=np.array([0, 1, 2, 2]), window=3, stride=1) == (0.0, 0.5)
 
 
 def test_sliding_range_links_through_overlaps_and_misses_who_stays_away_longer():
     here, far = D.unit(np.eye(6)[:1]), D.unit(np.eye(6)[1:2])
     video = np.array([0, 2, 4, 6, 0, 9])  # one person every second video, another only in the first and the last
     features = np.concatenate([np.repeat(here, 4, 0), np.repeat(far, 2, 0)])
-    labels, moment = np.arange(6), np.arange(6)
-    got = D.cross_video(features, labels, video, moment, 0.1, 0.1, window=4, stride=2)
+    labels, frame = np.arange(6), np.arange(6)
+    got = D.cross_video(features, labels, video, frame, 0.1, 0.1, window=4, stride=2)
     assert len(set(got[:4])) == 1 and got[4] != got[5]
-    whole = D.cross_video(features, labels, video, moment, 0.1, 0.1, window=10, stride=5)
+    whole = D.cross_video(features, labels, video, frame, 0.1, 0.1, window=10, stride=5)
     assert whole[4] == whole[5] and len(set(whole)) == 2
+    assert partition(D.reunite(features, got, video, frame, 0.1, 0.1)) == partition(whole)
+    late = D.denoise(features, video, np.arange(6), frame, 0.1, 0.1, min_images=1, window=4, stride=2, returning=True)
+    assert partition(late) == partition(whole)
+    apart = np.concatenate([np.eye(6)[:1], np.eye(6)[1:]])  # nobody is like anybody
+    assert D.reunite(apart, np.arange(6), video, frame, 0.1, 0.1).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_reuniting_with_all_as_candidates_is_the_global_merge(seed):
+    features, video, track, frame, sigma, tau, _, _ = random_case(2 * seed + 1)
+    first = D.single_tracklet(features, video, track, sigma)
+    got = D.reunite(features, first, video, frame, sigma, tau, nearest=99, cannot_link=False, block=3)
+    assert partition(got) == merge_by_definition(features.astype(float), D.group_rows(first), sigma, tau)
 
 
 def test_a_linked_chain_that_breaks_the_rule_is_split():
@@ -186,46 +286,113 @@ def test_a_linked_chain_that_breaks_the_rule_is_split():
     assert len(set(labels)) == 2
 
 
+def test_calibration_by_hand():
+    angle = np.deg2rad([0, 0, 10, 10, 100, 100, 110, 110])  # two tracklets seen together, each turning by 10 degrees halfway
+    features = np.stack([np.cos(angle), np.sin(angle)], 1) * 5
+    video, track, frame = np.zeros(8, int), np.repeat([4, 9], 4), np.tile(np.arange(4), 2)
+    distance = lambda degrees: 1 - np.cos(np.deg2rad(degrees))
+    rest = np.rad2deg(np.arctan2(2 * np.sin(np.deg2rad(10)), 1 + 2 * np.cos(np.deg2rad(10))))  # of 0, 10 and 10 degrees
+    said = []
+    sigma, tau = D.calibrate(features, video, track, frame, said.append)
+    assert sigma == pytest.approx((distance(rest) + distance(100)) / 2, abs=1e-5)
+    assert tau == pytest.approx((distance(10) + distance(100)) / 2, abs=1e-5)
+    assert "80% of tracklets seen together" in said[0]
+
+
 def test_calibration_separates_well_separated_people():
     features, video, track, frame, truth = people(np.random.default_rng(0), n=8, frames=12, spread=0.3)
     sigma, tau = D.calibrate(features * 3, video, track, frame)
-    within = max(radius(features[truth == p]) for p in range(8))
-    assert 0.5 * within < sigma < 2 * within and sigma < tau
+    assert max(radius(features[truth == p]) for p in range(8)) < sigma < 0.7 and 0.3 < tau < 0.7
     assert D.pairwise_scores(D.denoise(features, video, track, frame), truth)["f1"] > 0.95
 
 
-def test_whitening_removes_what_a_video_shares_and_equals_textbook_whitening():
+def literal_space(features, video, track, prior, dull=0.9):
+    """The space by its definition, everything in memory."""
+    x, N, d = features / np.linalg.norm(features, axis=1, keepdims=True), *features.shape
+    mean = x.mean(0)
+    centred = x - np.stack([(x[video == v].sum(0) + prior * mean) / ((video == v).sum() + prior) for v in range(video.max() + 1)])[video]
+    total = centred.T @ centred / N
+    trace, trace2 = np.trace(total), (total**2).sum()
+    shrink = min(1, ((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * (trace2 - trace**2 / d)))
+    values, vectors = np.linalg.eigh((1 - shrink) * total + shrink * trace / d * np.eye(d))
+    white = centred @ vectors / np.sqrt(values)
+    residual = white - np.stack([white[track == t].mean(0) for t in range(track.max() + 1)])[track]
+    share, directions = np.linalg.eigh(residual.T @ residual / (N - track.max() - 1))
+    return D.unit(white @ directions[:, share < dull])
+
+
+def test_the_space_equals_its_definition_and_takes_out_what_a_video_shares(monkeypatch):
     random = np.random.default_rng(0)
-    features, video, track, frame, truth = people(random, n=12, videos=4, frames=10, spread=0.5)
-    stained = features + 3 * D.unit(random.standard_normal((4, 48)))[video]  # a background of its own for every video
-    space = D.whiten(stained, video)
-    plain = D.unit(stained)
+    features, video, track, frame, truth = people(random, n=12, videos=6, frames=10, d=20, spread=0.7)
+    stained = (features + 1.5 * D.unit(random.standard_normal((6, 20)))[video]).astype(np.float32)  # each video has a background
+    space = D.fit_space(stained, video, track)
+    placed = D.place(stained, video, track, frame, space, smooth=0)
+    want = literal_space(stained.astype(float), video, track, float(space.prior))
+    assert placed.shape == want.shape and 2 <= placed.shape[1] < 20
+    assert np.abs(placed @ placed.T - want @ want.T).max() < 1e-3
     gap = lambda f: (f @ f.T)[truth[:, None] == truth].mean() - (f @ f.T)[(truth[:, None] != truth)].mean()
-    assert gap(space) > 3 * gap(plain)
-    centred = plain - np.stack([plain[video == v].mean(0) for v in video])
-    values, vectors = np.linalg.eigh(np.cov(centred.T, bias=True) + 1e-9 * np.eye(48))
-    want = D.unit(centred @ vectors / np.sqrt(values))
-    space = D.whiten(stained, video, prior=0)
-    assert (np.abs((space @ space.T) - (want @ want.T))).max() < 0.2  # shrinkage is small with many images
-    lonely = D.whiten(np.concatenate([stained, stained[:1]]), np.append(video, 4))  # a video of one image
-    assert np.isfinite(lonely).all()
-    few = D.whiten(random.standard_normal((6, 64)), np.zeros(6, int))  # fewer images than dimensions
-    assert np.isfinite(few).all()
+    assert gap(placed) > 2 * gap(D.unit(stained))
+    monkeypatch.setattr(D, "video_rows", lambda f, v, video_rows=D.video_rows: video_rows(f, v, 50))  # streamed
+    again = D.place(stained, video, track, frame, D.fit_space(stained, video, track), smooth=0)
+    assert np.abs(again @ again.T - placed @ placed.T).max() < 1e-3
+    late = video == 5  # a video that comes later gets the same place in the stored space
+    assert np.abs(D.place(stained[late], video[late], track[late], frame[late], space, smooth=0) - placed[late]).max() < 1e-5
+
+
+def test_the_video_prior_follows_the_data():
+    random = np.random.default_rng(0)
+    features, video, track, frame, _ = people(random, n=12, videos=30, frames=4, d=20)
+    strong = D.fit_space(features + 3 * random.standard_normal((30, 20))[video], video, track).prior
+    weak = D.fit_space(features + 0.03 * random.standard_normal((30, 20))[video], video, track).prior
+    assert strong < 4 < weak  # images of the overall mean, against 48 of a video
+
+
+def test_smoothing_averages_neighbours_in_time_of_the_same_tracklet():
+    features = np.eye(6)
+    space = D.Space(np.zeros(6, np.float32), np.float32(np.inf), np.eye(6, dtype=np.float32))
+    video, track, frame = np.zeros(6, int), np.array([0, 0, 0, 1, 1, 2]), np.array([2, 0, 1, 5, 6, 0])
+    placed = D.place(features, video, track, frame, space, smooth=1)
+    assert (placed > 0).tolist() == (np.array([[1, 0, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0],
+                                              [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]]) > 0).tolist()  # fmt: skip
+    assert np.allclose(np.linalg.norm(placed, axis=1), 1)
+
+
+@pytest.mark.parametrize("N, d", [(1, 4), (2, 3), (6, 300), (40, 5)])
+def test_the_space_is_safe_for_few_images_and_for_images_all_alike(N, d):
+    random = np.random.default_rng(0)
+    video, track, frame = np.arange(N) // 3, np.arange(N) // 2, np.arange(N)
+    for features in (random.standard_normal((N, d)), np.ones((N, d))):
+        for center in (True, False):
+            for whiten in (True, False):
+                placed = D.place(features, video, track, frame, D.fit_space(features, video, track, center, whiten))
+                assert np.isfinite(placed).all() and np.allclose(np.linalg.norm(placed, axis=1), 1, atol=1e-4)
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(video=np.zeros(3)), "video has 3 rows, features have 144"),
+    (dict(features=np.ones(144)), r"expected \(N, d\)"),
     (dict(sigma=2.5), r"sigma=2.5: a cosine distance lies in \[0, 2\]"),
     (dict(tau=-0.1), "tau=-0.1"),
+    (dict(sigma=np.nan), "sigma=nan"),
     (dict(window=8, stride=8), "ranges must overlap"),
-    (dict(row=np.nan), "1 of 144 rows are zero or not finite, the first: row 7"),
-    (dict(row=0.0), "the first: row 7"),
+    (dict(features=(7, np.nan)), "1 of 144 rows are zero or not finite, the first: row 7"),
+    (dict(features=(7, 0.0)), "the first: row 7"),
+    (dict(video=(5, np.nan)), "video of row 5 is nan: expected whole numbers, which have an order"),
+    (dict(video=(5, 0.5)), "video of row 5 is 0.5"),
+    (dict(frame=(9, 0)), r"row 8 and row 9 are of one track in one frame \(track 1, frame 0\)"),
+    (dict(video=(9, 2)), "are of one track in two videos"),
+    (dict(track=np.array(["a"] * 144)), "track: expected whole numbers"),
 ])  # fmt: skip
 def test_wrong_input_is_named(change, message):
     features, video, track, frame, _ = people(np.random.default_rng(0))
-    if "row" in change:
-        features[7] = change.pop("row")
-    arguments = dict(features=features, video=video, track=track, frame=frame, sigma=0.2, tau=0.2) | change
+    arguments = dict(features=features, video=video, track=track, frame=frame, sigma=0.2, tau=0.2)
+    for name, value in change.items():
+        if isinstance(value, tuple):
+            row, value = value
+            arguments[name] = arguments[name].astype(float)
+            arguments[name][row] = value
+        else:
+            arguments[name] = value
     with pytest.raises(ValueError, match=message):
         D.denoise(**arguments)
 
@@ -237,5 +404,8 @@ def test_tiny_inputs_work():
     assert D.denoise(one, zero, zero, zero).tolist() == [-1]  # one image is no tracklet
     pair = np.array([[1.0, 0], [1.0, 0.1]])
     assert D.denoise(pair, [0, 0], [0, 0], [0, 1], 0.2, 0.2).tolist() == [0, 0]
+    assert D.denoise(pair.tolist(), [0, 0], [0, 0], [0, 1], returning=True).tolist() == [0, 0]  # one tracklet, calibrated
     opposite = np.array([[1.0, 0], [-1.0, 0.1]])
-    assert D.denoise(opposite, [0, 0], [0, 0], [0, 1], 0.1, 0.2).tolist() == [-1, -1]  # nothing left after level 1
+    levels = []
+    assert D.denoise(opposite, [0, 0], [0, 0], [0, 1], 0.1, 0.2, returning=True, report=lambda *line: levels.append(line)).tolist() == [-1, -1]
+    assert levels[-1][0] == "returning" and levels[-1][2] == (0.0, 0.0)  # nothing left after level 1
