@@ -45,11 +45,16 @@ def unit(features, first: int = 0) -> np.ndarray:
 
 
 def dense(labels: np.ndarray) -> np.ndarray:
-    """Labels renumbered 0..n-1 in their order; -1 stays -1."""
-    out = np.full(len(labels), -1, np.int64)
-    kept = labels >= 0
-    out[kept] = np.unique(labels[kept], return_inverse=True)[1]
-    return out
+    """Numbers from 0 renumbered 0..n-1 in their order; -1 stays -1."""
+    top = int(labels.max(initial=-1))
+    if top > 4 * len(labels) + 1000:  # a table of all numbers would be larger than the labels
+        return np.where(labels < 0, -1, np.unique(np.append(labels, -1), return_inverse=True)[1][:-1] - 1)
+    number = np.zeros(top + 2, np.int64)
+    number[labels] = 1
+    np.cumsum(number, out=number)
+    number -= 1
+    number[-1] = -1  # where -1 finds it
+    return number[labels]
 
 
 def group_rows(labels: np.ndarray) -> list[np.ndarray]:
@@ -96,8 +101,8 @@ def centroids_of(features, labels: np.ndarray) -> np.ndarray:
 
 def moments(video: np.ndarray, frame: np.ndarray) -> np.ndarray:
     """A number for every (video, frame): int64 (N,)."""
-    frames, which = np.unique(frame, return_inverse=True)
-    return video * len(frames) + which
+    frame = dense(frame)
+    return video * (frame.max(initial=0) + 1) + frame
 
 
 # ---------------------------------------------------------------- feature space
@@ -449,12 +454,11 @@ def reallocate(features: np.ndarray, labels: np.ndarray, moment: np.ndarray, sig
 
 def ranges(labels: np.ndarray, video: np.ndarray, window: int, stride: int):
     """Labels that have an image in each range of `window` consecutive videos, which moves by `stride`: arrays, one a range."""
-    rows = np.flatnonzero(labels >= 0)
-    rows = rows[np.argsort(video[rows], kind="stable")]
-    videos = int(video.max()) + 1
-    first = np.searchsorted(video[rows], np.arange(videos + 1))  # row of each video's first image
-    for start in range(0, max(1, videos - window + stride), stride):
-        yield np.unique(labels[rows[first[start] : first[min(start + window, videos)]]])
+    labels = labels[np.argsort(video, kind="stable")]
+    first = np.append(0, np.cumsum(np.bincount(video)))  # place of each video's first image
+    for start in range(0, max(1, len(first) - 1 - window + stride), stride):
+        here = np.unique(labels[first[start] : first[min(start + window, len(first) - 1)]])
+        yield here[here >= 0]
 
 
 def cross_video(features, labels: np.ndarray, video: np.ndarray, frame: np.ndarray, sigma: float, tau: float, window: int = 32,
@@ -474,10 +478,11 @@ def cross_video(features, labels: np.ndarray, video: np.ndarray, frame: np.ndarr
         for here in ranges(labels, video, window, stride) if fresh.any() else ():
             if fresh[here].any():
                 for group in merge(features, [identities[n] for n in here], *rule, sums[here], fresh[here]):
-                    links += [(here[a], here[b]) for k, a in enumerate(group) for b in group[:k]]
+                    if len(group) > 1:
+                        links.append(np.sort(here[group])[np.stack(np.triu_indices(len(group), 1), 1)])
         if not links:
             return labels
-        labels, fresh = follow(features, labels, identities, sums, np.unique(np.sort(links), axis=0), *rule)
+        labels, fresh = follow(features, labels, identities, sums, np.unique(np.concatenate(links), axis=0), *rule)
 
 
 def follow(features, labels: np.ndarray, identities: list[np.ndarray], sums: np.ndarray, links: np.ndarray, *rule) -> tuple:
@@ -565,28 +570,37 @@ def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray,
     return min((near + far) / 2, 2.0), min((half + far) / 2, 2.0)
 
 
-def check_index(video, track, frame, name=lambda i: f"row {i}") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """video, track, frame as int64 (N,). Raises ValueError, with the `name` of the image, for what are not whole numbers (videos
-    must have an order for the range to slide over), a track in two videos, and two images of one track in one frame."""
+def check_index(video, track, frame, name=lambda i: f"row {i}") -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """video, track, frame as int64 (N,), and the order that sorts them, None if they are sorted. Raises ValueError, with the
+    `name` of the image, for what are not whole numbers from 0 (videos must have an order for the range to slide over), a track
+    in two videos, and two images of one track in one frame."""
     out = []
     for kind, array in (("video", video), ("track", track), ("frame", frame)):
         array = np.asarray(array)
         if array.ndim != 1 or array.dtype.kind not in "iuf":
             raise ValueError(f"{kind}: expected whole numbers (N,), got {array.dtype} {array.shape}")
-        if array.dtype.kind == "f":
-            bad = np.flatnonzero(~(np.isfinite(array) & (array == np.floor(array))))
-            if len(bad):
-                raise ValueError(f"{kind} of {name(bad[0])} is {array[bad[0]]}: expected whole numbers, which have an order")
-        out.append(array.astype(np.int64))
-    video, track, frame = out
-    order = np.lexsort((frame, video, track))
-    a, b = order[:-1], order[1:]
-    for bad, what in ((video[a] != video[b], "are of one track in two videos"), (frame[a] == frame[b], "are of one track in one frame")):
-        bad = np.flatnonzero(bad & (track[a] == track[b]))
+        with np.errstate(invalid="ignore"):
+            whole = array.astype(np.int64, copy=False)
+        bad = np.flatnonzero((whole != array) | (whole < 0))
         if len(bad):
-            first, second = sorted((int(a[bad[0]]), int(b[bad[0]])))
-            raise ValueError(f"{name(first)} and {name(second)} {what} (track {track[first]}, frame {frame[first]}); {len(bad):,} such pairs")
-    return video, track, frame
+            raise ValueError(f"{kind} of {name(bad[0])} is {array[bad[0]]}: expected whole numbers from 0, which have an order")
+        out.append(whole)
+    same = [array[1:] == array[:-1] for array in out]
+    more = [array[1:] > array[:-1] for array in out]
+    if not (more[0] | same[0] & (more[1] | same[1] & (more[2] | same[2]))).all():
+        order = np.lexsort(out[::-1])
+        check_index(*(array[order] for array in out), lambda i: name(order[i]))
+        return *out, order
+    bad = np.flatnonzero(same[0] & same[1] & same[2])
+    if len(bad):
+        raise ValueError(f"{name(bad[0])} and {name(bad[0] + 1)} are both of track {out[1][bad[0]]} in frame {out[2][bad[0]]}; {len(bad):,} such pairs")
+    start = np.flatnonzero(np.append(True, ~(same[0] & same[1])))  # of each track in each video
+    start = start[np.argsort(out[1][start], kind="stable")]
+    bad = np.flatnonzero(np.diff(out[1][start]) == 0)
+    if len(bad):
+        first, second = sorted(start[bad[0] : bad[0] + 2])
+        raise ValueError(f"{name(first)} and {name(second)} are both of track {out[1][first]}, but of two videos; {len(bad):,} such tracks")
+    return *out, None
 
 
 def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int = 2, window: int = 32, stride: int = 16,
@@ -611,12 +625,11 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
             raise ValueError(f"{name}={value}: a cosine distance lies in [0, 2]")
     if not 1 <= stride < max(window, 2):
         raise ValueError(f"stride={stride}, window={window}: ranges must overlap, so 1 <= stride < window")
-    video, track, frame = check_index(video, track, frame)
+    video, track, frame, order = check_index(video, track, frame)
     features = features if isinstance(features, np.ndarray) else np.asarray(features)
     for part in slices(features):
         unit(features[part], part.start)  # raises for rows that are zero or not finite
-    order = np.lexsort((frame, track, video))
-    if (np.diff(order) != 1).any():
+    if order is not None:
         labels, options = np.empty(len(order), np.int64), dict(split=split, cannot_link=cannot_link, recover=recover, returning=returning)
         back = (lambda level, found, share: report(level, found[np.argsort(order)], share)) if report else None
         labels[order] = denoise(features[order], video[order], track[order], frame[order], sigma, tau, min_images, window, stride, report=back, **options)

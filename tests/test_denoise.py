@@ -377,10 +377,11 @@ def test_the_space_is_safe_for_few_images_and_for_images_all_alike(N, d):
     (dict(window=8, stride=8), "ranges must overlap"),
     (dict(features=(7, np.nan)), "1 of 144 rows are zero or not finite, the first: row 7"),
     (dict(features=(7, 0.0)), "the first: row 7"),
-    (dict(video=(5, np.nan)), "video of row 5 is nan: expected whole numbers, which have an order"),
+    (dict(video=(5, np.nan)), "video of row 5 is nan: expected whole numbers from 0, which have an order"),
     (dict(video=(5, 0.5)), "video of row 5 is 0.5"),
-    (dict(frame=(9, 0)), r"row 8 and row 9 are of one track in one frame \(track 1, frame 0\)"),
-    (dict(video=(9, 2)), "are of one track in two videos"),
+    (dict(frame=(9, 0)), r"row 8 and row 9 are both of track 1 in frame 0; 1 such"),
+    (dict(video=(9, 2)), "row 8 and row 9 are both of track 1, but of two videos; 1 such"),
+    (dict(track=(9, -1)), "track of row 9 is -1.0: expected whole numbers from 0"),
     (dict(track=np.array(["a"] * 144)), "track: expected whole numbers"),
 ])  # fmt: skip
 def test_wrong_input_is_named(change, message):
