@@ -81,6 +81,19 @@ def video_rows(features, video: np.ndarray, floats: int = 2**23):
     yield np.concatenate(waiting)
 
 
+class Rows:
+    """Some rows of an array, read when they are asked for."""
+
+    def __init__(self, array, rows: np.ndarray):
+        self.array, self.rows, self.shape = array, rows, (len(rows), array.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, which) -> np.ndarray:
+        return self.array[self.rows[which]]
+
+
 def group_sums(features, labels: np.ndarray) -> np.ndarray:
     """Sum of the unit features of each label 0..n-1, float32 (n, d); -1 left out. One pass."""
     sums = np.zeros((int(labels.max(initial=-1)) + 1, features.shape[1]), np.float32)
@@ -483,6 +496,7 @@ def cross_video(features, labels: np.ndarray, video: np.ndarray, frame: np.ndarr
         if not links:
             return labels
         labels, fresh = follow(features, labels, identities, sums, np.unique(np.concatenate(links), axis=0), *rule)
+        del identities, sums  # before they are made anew
 
 
 def follow(features, labels: np.ndarray, identities: list[np.ndarray], sums: np.ndarray, links: np.ndarray, *rule) -> tuple:
@@ -615,8 +629,9 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
     track and frame they are read without a copy. Raises ValueError for arrays of different lengths, features that are zero or
     not finite, thresholds out of range, and what `check_index` refuses.
     """
-    if np.ndim(features) != 2 or not len(features):
-        raise ValueError(f"features: expected (N, d) with N of 1 or more, got {np.shape(features)}")
+    features = features if hasattr(features, "shape") else np.asarray(features)
+    if len(features.shape) != 2 or not len(features):
+        raise ValueError(f"features: expected (N, d) with N of 1 or more, got {features.shape}")
     for name, array in (("video", video), ("track", track), ("frame", frame)):
         if len(array) != len(features):
             raise ValueError(f"{name} has {len(array)} rows, features have {len(features)}")
@@ -626,13 +641,12 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
     if not 1 <= stride < max(window, 2):
         raise ValueError(f"stride={stride}, window={window}: ranges must overlap, so 1 <= stride < window")
     video, track, frame, order = check_index(video, track, frame)
-    features = features if isinstance(features, np.ndarray) else np.asarray(features)
     for part in slices(features):
         unit(features[part], part.start)  # raises for rows that are zero or not finite
     if order is not None:
         labels, options = np.empty(len(order), np.int64), dict(split=split, cannot_link=cannot_link, recover=recover, returning=returning)
         back = (lambda level, found, share: report(level, found[np.argsort(order)], share)) if report else None
-        labels[order] = denoise(features[order], video[order], track[order], frame[order], sigma, tau, min_images, window, stride, report=back, **options)
+        labels[order] = denoise(Rows(features, order), video[order], track[order], frame[order], sigma, tau, min_images, window, stride, report=back, **options)
         return labels
     video, track = dense(video), dense(track)
     if sigma is None or tau is None:
@@ -652,19 +666,6 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
         labels = reunite(features, labels, video, frame, sigma, tau, cannot_link=cannot_link)
     tell("returning" if returning else "cross video", labels)
     return labels
-
-
-class Rows:
-    """Some rows of an array, read when they are asked for."""
-
-    def __init__(self, array, rows: np.ndarray):
-        self.array, self.rows, self.shape = array, rows, (len(rows), array.shape[1])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, which) -> np.ndarray:
-        return self.array[self.rows[which]]
 
 
 def denoise_tracklets(tracklets: Tracklets, features, scratch, truth: np.ndarray | None = None, sigma: float | None = None,

@@ -55,6 +55,172 @@ class measured:
         self.thread.join()
 
 
+# ---------------------------------------------------------------- quality, on walkers
+
+NOISES, SEEDS = (0.5, 1.0, 1.5), (0, 1, 2)
+
+
+def encoded_walkers(noise: float, seed: int) -> tuple:
+    """Walkers whose tracker fails so often, drawn with a seed of their own, and their features by an encoder that was trained on
+    their raw tracklets: features, video, track, frame, truth. Made once, about three minutes each, into data/ and runs/."""
+    name = f"walkers-noise{noise}-seed{seed}"
+    root, run = Path("data") / name, Path("runs") / f"{name}-stage1"
+    if not root.exists():
+        data.draw_walkers(root, seed=seed, noise=noise)
+    if not list(run.glob("features-*.npy")):
+        print(f"training an encoder on {root} ...", file=sys.stderr, flush=True)
+        command = [sys.executable, ROOT / "train.py", "--arch", "r10ibn", "--data", root, "--recipe", "demo", "--seed", seed, "--name", run.name]
+        subprocess.run([*map(str, command), "--epochs", "0", "0"], check=True, stdout=subprocess.DEVNULL)
+    tracklets = data.read_tracklets(root / "train")
+    features = np.load(next(run.glob("features-*.npy"))).astype(np.float32)
+    return features, tracklets.video, tracklets.track, tracklets.frame, data.read_labels(root / "train.json", tracklets)
+
+
+def ours(case: tuple, sigma=None, tau=None, center=True, whiten=True, smooth=1, report=None, **options) -> np.ndarray:
+    """Labels (N,) from features as they come, by the whole of denoise.py."""
+    features, video, track, frame, _ = case
+    placed = D.place(features, video, track, frame, D.fit_space(features, video, track, center, whiten), smooth)
+    return D.denoise(placed, video, track, frame, sigma, tau, report=report, **options)
+
+
+def scores(labels: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Pairwise precision, recall, F1, the adjusted Rand index (what is noise stands alone), share of images kept."""
+    alone = lambda l: np.where(l < 0, len(l) + np.arange(len(l)), l)
+    try:
+        from sklearn.metrics import adjusted_rand_score
+
+        ari = adjusted_rand_score(alone(truth), alone(labels))
+    except ImportError:
+        ari = float("nan")
+    return D.pairwise_scores(labels, truth) | {"ari": ari, "kept": float((labels >= 0).mean())}
+
+
+def clusterings(x: np.ndarray, track: np.ndarray):
+    """What people use instead, as (name, grid of parameters, function of (unit features (N, d), parameter) -> labels (N,)).
+    Their best parameters are picked with the truth."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+
+    distances = lambda x: np.clip(1 - x @ x.T, 0, 2) * (1 - np.eye(len(x), dtype=np.float32))
+    half = lambda d: d[np.triu_indices(len(d), 1)]
+    trees = {}
+
+    def agglomerative(x, kind, cut):
+        if kind not in trees:
+            rows = D.centroids_of(x, track) if kind == "tracklets" else x
+            trees[kind] = linkage(half(distances(rows)), "average" if kind == "tracklets" else kind)
+        labels = fcluster(trees[kind], cut, "distance") - 1
+        return labels[track] if kind == "tracklets" else labels
+
+    yield "raw tracklets", [None], lambda x, _: track
+    cuts = np.linspace(0.02, 1.2, 60)
+    yield "agglomerative, average, of images", cuts, lambda x, cut: agglomerative(x, "average", cut)
+    yield "agglomerative, complete, of images", cuts, lambda x, cut: agglomerative(x, "complete", cut)
+    yield "agglomerative, average, of tracklets", cuts, lambda x, cut: agglomerative(x, "tracklets", cut)
+    try:
+        from sklearn.cluster import DBSCAN, HDBSCAN
+    except ImportError:
+        print("scikit-learn is not installed: DBSCAN and HDBSCAN are left out (pip install scikit-learn)", file=sys.stderr)
+        return
+    matrix = distances(x)
+    grid = [(eps, least) for eps in np.linspace(0.02, 0.8, 27) for least in (2, 4, 8)]
+    yield "DBSCAN", grid, lambda x, p: DBSCAN(eps=p[0], min_samples=p[1], metric="precomputed").fit_predict(matrix)
+    grid = [(size, least, pick) for size in (4, 8, 16) for least in (1, 8) for pick in ("eom", "leaf")]
+    yield "HDBSCAN", grid, lambda x, p: HDBSCAN(
+        min_cluster_size=p[0], min_samples=p[1], metric="precomputed", cluster_selection_method=p[2], copy=True
+    ).fit_predict(matrix)  # fmt: skip
+
+
+def mean_and_spread(values) -> str:
+    """Mean of a figure over seeds, and half its range."""
+    return f"{np.mean(values):.3f} ± {np.ptp(values) / 2:.3f}"
+
+
+def print_rows(title: str, header: list[str], rows: list[list]) -> None:
+    """A Markdown table."""
+    print(f"\n{title}\n\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |", flush=True)
+
+
+def denoise(args) -> None:
+    """Quality against other clusterings, calibration against a grid that knows the truth, and what each part is worth."""
+    cases = {(noise, seed): encoded_walkers(noise, seed) for noise in args.noises for seed in args.seeds}
+    columns = ["precision", "recall", "f1", "ari", "kept"]
+
+    if "others" in args.parts:
+        for noise in args.noises:
+            table = {}
+            for seed in args.seeds:
+                features, video, track, frame, truth = case = cases[noise, seed]
+                with measured() as run:
+                    labels = ours(case)
+                table.setdefault(("denoise.py", "its own", "calibrated"), []).append((scores(labels, truth), run))
+                spaces = {"plain": D.unit(features), "its own": D.place(features, video, track, frame, D.fit_space(features, video, track))}
+                for space, x in spaces.items():
+                    for name, grid, cluster in clusterings(x, track):
+                        if name == "raw tracklets" and space != "plain":
+                            continue
+                        best = max(grid, key=lambda p: D.pairwise_scores(D.dense(cluster(x, p)), truth)["f1"])
+                        with measured() as run:
+                            again = next(function for other, _, function in clusterings(x, track) if other == name)
+                            labels = again(x, best)
+                        chosen = "" if best is None else "best of a grid"
+                        table.setdefault((name, space, chosen), []).append((scores(D.dense(np.asarray(labels)), truth), run))
+            rows = [[*key, *(f"{np.mean([s[c] for s, _ in results]):.3f}" for c in columns), f"{np.ptp([s['f1'] for s, _ in results]) / 2:.3f}",
+                     f"{np.mean([r.seconds for _, r in results]):.1f}", f"{np.mean([r.peak for _, r in results]):.2f}"]
+                    for key, results in table.items()]  # fmt: skip
+            header = ["method", "features", "parameters", "precision", "recall", "F1", "ARI", "kept", "F1 ±", "seconds", "GiB"]
+            print_rows(f"Tracker noise {noise}, mean of seeds {args.seeds}", header, rows)
+
+    if "levels" in args.parts:
+        rows = {}
+        for noise in args.noises:
+            for seed in args.seeds:
+                case, found = cases[noise, seed], {}
+                ours(case, report=lambda level, labels, share: found.update({level: (labels, share)}))
+                for level, (labels, share) in found.items():
+                    s = scores(labels, case[-1])
+                    rows.setdefault((noise, level), []).append([labels.max() + 1, s["kept"], share[0], share[1], s["precision"], s["recall"], s["f1"]])
+        print_rows("Level by level, mean of seeds", ["tracker noise", "after", "identities", "kept", "noise: images", "noise: identities", "P", "R", "F1"],
+                   [[*key, f"{m[0]:.0f}", *(f"{v:.1%}" for v in m[1:4]), *(f"{v:.3f}" for v in m[4:])] for key, v in rows.items() for m in [np.mean(v, 0)]])  # fmt: skip
+
+    if "calibration" in args.parts:
+        sigmas, taus = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0), (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
+        rows = []
+        for noise in args.noises:
+            grids, calibrated = [], []
+            for seed in args.seeds:
+                case = cases[noise, seed]
+                f1 = lambda *rule: D.pairwise_scores(ours(case, *rule), case[-1])["f1"]
+                grids.append([[f1(sigma, tau) for tau in taus] for sigma in sigmas])
+                placed = D.place(*case[:4], D.fit_space(*case[:3]))
+                calibrated.append([*D.calibrate(placed, *case[1:4]), f1()])
+                best = np.unravel_index(np.argmax(grids[-1]), (len(sigmas), len(taus)))
+                rows.append([noise, seed, *(f"{v:.3f}" for v in calibrated[-1]), f"{np.max(grids[-1]):.3f}", sigmas[best[0]], taus[best[1]],
+                             f"{np.max(grids[-1]) - calibrated[-1][2]:+.3f}"])  # fmt: skip
+            print_rows(f"F1 by sigma and tau, tracker noise {noise}, mean of seeds {args.seeds}; calibrated: {np.mean(calibrated, 0)[2]:.3f}",
+                       ["sigma \\ tau", *taus], [[sigma, *(f"{v:.3f}" for v in row)] for sigma, row in zip(sigmas, np.mean(grids, 0))])  # fmt: skip
+        print_rows("Calibrated, and the best of the grid", ["tracker noise", "seed", "sigma", "tau", "F1", "best F1", "at sigma", "at tau", "missed"], rows)
+
+    if "ablation" in args.parts:
+        variants = {
+            "all": {}, "no video means subtracted": dict(center=False), "not whitened": dict(whiten=False), "neither": dict(center=False, whiten=False),
+            "no smoothing": dict(smooth=0), "smoothing over 2 images each way": dict(smooth=2),
+            "switches not cut": dict(split=False), "not cut, no recovery": dict(split=False, recover=False), "no recovery of the switched half": dict(recover=False),
+            "no cannot-link": dict(cannot_link=False), "min_images 1": dict(min_images=1), "min_images 4": dict(min_images=4), "min_images 6": dict(min_images=6),
+            "range of 8 videos": dict(window=8, stride=4), "range of 16": dict(window=16, stride=8), "range of all": dict(window=99, stride=1),
+            "looking for people who return": dict(returning=True), "range of 8, looking for people who return": dict(window=8, stride=4, returning=True),
+        }  # fmt: skip
+        rows = []
+        for name, options in variants.items():
+            rows.append([name])
+            for noise in args.noises:
+                results = [D.pairwise_scores(ours(cases[noise, seed], **options), cases[noise, seed][-1]) for seed in args.seeds]
+                rows[-1] += [mean_and_spread([r["f1"] for r in results]), *(f"{np.mean([r[c] for r in results]):.2f}" for c in columns[:2])]
+        print_rows("What each part is worth: F1 (mean of seeds ± half their range), precision, recall",
+                   ["", *(h for noise in args.noises for h in (f"F1, noise {noise}", "P", "R"))], rows)  # fmt: skip
+
+
 # ---------------------------------------------------------------- scale
 
 PEOPLE, TRACKLETS, FRAMES = 8, 20, 23  # new people and tracklets in a video, images in a tracklet: LUPerson-NL's proportions
@@ -91,7 +257,8 @@ def draw_video(seed: int, v: int, d: int) -> tuple[np.ndarray, np.ndarray, np.nd
     features = people[who] + of_track[who] + 1.2 * random.standard_normal(d).astype(np.float32)
     features += 1.5 * random.standard_normal((len(who), d), np.float32)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
-    return features.astype(np.float16), track, frame, np.array([home * PEOPLE + k for home, k in visits])[who]
+    order = np.lexsort((frame, track))
+    return features.astype(np.float16)[order], track[order], frame[order], np.array([home * PEOPLE + k for home, k in visits])[who][order]
 
 
 def draw_features(folder: Path, images: int, seed: int = 0, d: int = 256) -> None:
@@ -106,7 +273,7 @@ def draw_features(folder: Path, images: int, seed: int = 0, d: int = 256) -> Non
         rows, v = rows + len(x), v + 1
 
 
-def run_scale(folder: Path, **options) -> dict:
+def run_scale(folder: Path, returning: bool = False, **options) -> dict:
     """Denoise what `draw_features` left in a folder: seconds and peak memory of every part, and the result's quality."""
     features, (video, track, frame, truth) = np.load(folder / "features.npy", mmap_mode="r"), np.load(folder / "index.npy")
     seconds, clock = {}, [time.time()]
@@ -124,30 +291,59 @@ def run_scale(folder: Path, **options) -> dict:
         lap("placing")
         sigma, tau = D.calibrate(placed, video, track, frame)
         lap("calibration")
-        labels = D.denoise(placed, video, track, frame, sigma, tau, report=lambda level, labels, share: lap(level), **options)
-    seconds["check"] = seconds.pop("tracklets")
+        labels = D.denoise(placed, video, track, frame, sigma, tau, returning=returning, report=lambda level, labels, share: lap(level), **options)
+    seconds["check, noise"] = seconds.pop("tracklets")
     return figures | {"seconds": whole.seconds, "parts": seconds, "memory": whole.peak, "sigma": sigma, "tau": tau, "dims": placed.shape[1],
                       "identities": int(labels.max()) + 1, "kept": float((labels >= 0).mean()), **D.pairwise_scores(labels, truth)}  # fmt: skip
 
 
 def scale(args) -> None:
-    """Time and memory at growing sizes, the effect of the range's width, and of looking for people who stay away longer."""
+    """Time and memory at growing sizes, each in a process of its own; the effect of the range's width, and what looking for
+    people who stay away longer costs."""
+
+    def run(folder, **options) -> dict:
+        code = f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests')!r}); import benchmark as B; from pathlib import Path; " \
+               f"print(json.dumps(B.run_scale(Path({str(folder)!r}), **{options!r})))"  # fmt: skip
+        result = json.loads(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout)
+        print(f"{len(results) + 1}:", json.dumps(options | result), file=sys.stderr, flush=True)
+        return result
+
+    results, windows, returning = [], [], []
     for images in args.images:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            clock = time.time()
             draw_features(Path(folder), images)
-            drawn = time.time() - clock
-            code = f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests')!r}); import benchmark as B; from pathlib import Path; " \
-                   f"print(json.dumps(B.run_scale(Path({folder!r}))))"  # fmt: skip
-            result = json.loads(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout)
-            print(f"{images:>10,} images drawn in {drawn:.0f} s:", json.dumps(result), flush=True)
+            results.append(run(folder))
+            if images <= args.returning:
+                returning.append(run(folder, returning=True))
+            if images == args.images[-1] or images == 100_000:
+                windows = windows or [(w, run(folder, window=w, stride=w // 2)) for w in args.windows]
+    quality = lambda r: [f"{r['identities']:,}", *(f"{r[c]:.3f}" for c in ("precision", "recall", "f1"))]
+    print_rows("Time and memory", ["images", "videos", "tracklets", "seconds", "microseconds an image", "GiB", "identities", "P", "R", "F1"],
+               [[f"{r['images']:,}", f"{r['videos']:,}", f"{r['tracklets']:,}", f"{r['seconds']:.1f}", f"{1e6 * r['seconds'] / r['images']:.1f}",
+                 f"{r['memory']:.2f}", *quality(r)] for r in results])  # fmt: skip
+    print_rows("Where the time goes, seconds", ["images", *results[0]["parts"]],
+               [[f"{r['images']:,}", *(f"{t:.1f}" for t in r["parts"].values())] for r in results])  # fmt: skip
+    if windows:
+        print_rows(f"Width of the range, {windows[0][1]['images']:,} images", ["W", "seconds", "of them level 3", "identities", "P", "R", "F1"],
+                   [[w, f"{r['seconds']:.1f}", f"{r['parts']['cross video']:.1f}", *quality(r)] for w, r in windows])  # fmt: skip
+    if returning:
+        print_rows("Looking for people who return, after level 3", ["images", "identities before", "seconds more", "identities", "P", "R", "F1"],
+                   [[f"{r['images']:,}", f"{one['identities']:,}", f"{r['parts']['returning']:.1f}", *quality(r)]
+                    for r, one in zip(returning, results)])  # fmt: skip
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("denoise", help=denoise.__doc__)
+    command.add_argument("--noises", type=float, nargs="+", default=NOISES, help="how often the tracker fails")
+    command.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    command.add_argument("--parts", nargs="+", default=["others", "levels", "calibration", "ablation"])
+    command.set_defaults(run=denoise)
     command = commands.add_parser("scale", help=scale.__doc__)
     command.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    command.add_argument("--windows", type=int, nargs="*", default=[4, 8, 16, 32, 64, 128], help="widths of the range, tried at 100,000 images")
+    command.add_argument("--returning", type=int, default=10**6, help="most images to look for people who return in")
     command.add_argument("--folder", help="where the features go (default: the system's temporary folder)")
     command.set_defaults(run=scale)
     args = parser.parse_args()

@@ -174,3 +174,14 @@ def test_walkers_have_the_faults_of_a_tracker(tmp_path):
         mine = (boxes["video"] == v) & (boxes["person"] >= 0)
         seen = np.stack([boxes["person"][mine], boxes["frame"][mine]])
         assert len(np.unique(seen, axis=1).T) == mine.sum()
+
+
+def test_walkers_noise_is_how_often_the_tracker_fails(tmp_path):
+    shares = {}
+    for noise in (0, 1):
+        root = tmp_path / str(noise)
+        data.draw_walkers(root, people=8, videos=4, held_out=2, noise=noise)
+        t = data.read_tracklets(root / "train")
+        ids = data.read_labels(root / "train.json", t)
+        shares[noise] = np.mean([len(np.unique(ids[t.track == n])) > 1 or ids[t.track == n][0] < 0 for n in range(t.track[-1] + 1)])
+    assert shares[0] == 0 < shares[1]

@@ -87,6 +87,40 @@ def test_denoise_alone_writes_an_annotation_that_training_takes(finished, walker
     assert "matched, 0 missing, 0 left over" in output and "denoise" in output and "stage 1" not in output
 
 
+def test_denoise_takes_features_from_anywhere_and_other_thresholds_without_extracting_again(finished, walkers, tmp_path):
+    folder, _ = finished
+    flags = ["denoise.py", "--data", walkers, "--weights", folder / "runs" / "tiny" / "last.pt", "--workers", 0]
+    run(tmp_path, *flags, "--out", "a.json")
+    (file,) = tmp_path.glob("features-*.npy")
+    stamp = file.stat().st_mtime_ns
+    output = run(tmp_path, *flags, "--out", "b.json", "--sigma", 0.4, "--tau", 0.3)
+    assert "sigma 0.400, tau 0.300" in output and file.stat().st_mtime_ns == stamp
+    t = data.read_tracklets(walkers / "train")
+    assert run(tmp_path, "denoise.py", "--data", walkers, "--index").split() == [t.path(i) for i in range(len(t))]
+    features = np.load(file).astype(np.float32) * 3
+    np.save(tmp_path / "mine.npy", features)
+    run(tmp_path, *flags[:3], "--features", "mine.npy", "--out", "c.json")
+    a, b, c = (data.read_labels(tmp_path / f"{name}.json", t) for name in "abc")
+    assert (a == c).all() and not (a == b).all()
+    space = np.load(tmp_path / "a.space.npz")
+    assert sorted(space) == ["matrix", "mean", "prior"] and space["matrix"].shape[0] == features.shape[1]
+    np.save(tmp_path / "short.npy", features[1:])
+    assert f"expected float16 or float32 ({len(t)}, d)" in run(tmp_path, *flags[:3], "--features", "short.npy", "--out", "d.json", fails=True)
+    features[7] = np.nan
+    np.save(tmp_path / "nan.npy", features)
+    assert "not finite, the first: row 7" in run(tmp_path, *flags[:3], "--features", "nan.npy", "--out", "d.json", fails=True)
+    assert not list(tmp_path.glob("d.*")) and not list(tmp_path.glob("*scratch*")) and not list(tmp_path.glob(".*"))
+    two = tmp_path / "two"
+    two.mkdir()
+    run(two, *flags, launcher=[*TORCHRUN, "--nproc_per_node=2"])
+    assert np.abs(np.load(next(two.glob("features-*.npy"))) - np.load(file)).max() < 2e-3
+
+
+def test_the_benchmark_of_scale_runs(tmp_path):
+    output = run(tmp_path, ROOT / "tests" / "benchmark.py", "scale", "--images", 3000, "--windows", 4, 8)
+    assert "| 3,000 | 7 |" in output and output.count("| 8 |") == 1
+
+
 def test_the_same_command_again_says_that_it_is_done(finished, walkers):
     folder, _ = finished
     before = (folder / "runs" / "tiny" / "log.jsonl").read_text()

@@ -87,3 +87,38 @@ def test_frame_keeps_the_picture_inside():
     framed = evaluate.framed(image, (1.0, 0.0, 0.0))
     assert framed.shape == image.shape and torch.equal(framed[:, 3:-3, 3:-3], image[:, 3:-3, 3:-3])
     assert framed[:, 0, 5].tolist() == [1, 0, 0]
+
+
+class Colours(torch.nn.Module):
+    """A network that answers the mean colour; it counts its images, and may break down after some."""
+
+    embed_dim = 3
+
+    def __init__(self, breaks_after=10**9, gain=1.0):
+        super().__init__()
+        self.gain, self.seen, self.breaks_after = torch.nn.Parameter(torch.tensor(gain)), 0, breaks_after
+
+    def forward(self, x):
+        self.seen += len(x)
+        if self.seen > self.breaks_after:
+            raise KeyboardInterrupt
+        return self.gain * x.mean((2, 3)) + 5
+
+
+def test_features_on_disk_go_on_where_they_were_and_are_not_computed_twice(walkers, tmp_path):
+    t = data.read_tracklets(walkers / "test")
+    arguments = t, (32, 16), torch.device("cpu")
+    want = evaluate.extract(Colours(), *arguments)
+    options = dict(batch=16, save_every=0)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.extract_to_file(tmp_path, Colours(breaks_after=50), *arguments, **options)
+    assert not list(tmp_path.glob("features-*.npy"))  # nothing that looks finished
+    network = Colours()
+    got = evaluate.extract_to_file(tmp_path, network, *arguments, **options)
+    assert network.seen == len(t) - 48  # three blocks were there
+    assert got.dtype == np.float16 and np.abs(got - want.numpy()).max() < 1e-3
+    again = Colours()
+    assert (evaluate.extract_to_file(tmp_path, again, *arguments, **options) == got).all() and again.seen == 0
+    other = Colours(gain=2.0)
+    evaluate.extract_to_file(tmp_path, other, *arguments, **options)
+    assert other.seen == len(t) and len(list(tmp_path.iterdir())) == 2  # other weights, another file
