@@ -273,7 +273,7 @@ def draw_walkers(root, seed: int = 0, people: int = 100, videos: int = 48, held_
     try:
         for split, n, v, frames in (("train", people, videos, (14, 24)), ("test", held_out, max(2, videos // 2), (6, 10))):
             random = np.random.default_rng([seed, split == "test"])
-            looks, cameras, boxes = draw_looks(random, n), draw_cameras(random, v), track_people(random, n, v, frames, noise if split == "train" else 1.0, split == "train")
+            looks, cameras, boxes = draw_looks(random, n), draw_cameras(random, v), track_people(random, n, v, frames, split == "train", noise if split == "train" else 1.0)
             for start in range(0, len(boxes["video"]), chunk):
                 part = {key: value[start : start + chunk] for key, value in boxes.items()}
                 images = torch.from_numpy(draw_boxes(random, looks, cameras, part))
@@ -290,7 +290,7 @@ def draw_walkers(root, seed: int = 0, people: int = 100, videos: int = 48, held_
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def track_people(random, people: int, videos: int, frames: tuple[int, int], noise: float, switches: bool) -> dict[str, np.ndarray]:
+def track_people(random, people: int, videos: int, frames: tuple[int, int], switches: bool, noise: float = 1.0) -> dict[str, np.ndarray]:
     """Who walks where and what the tracker makes of it: one row a box, arrays video, person (-1 for a false box), track,
     frame, heading (radians, 0 faces the camera), phase (gait) and place (along the video's scene)."""
     rows = []

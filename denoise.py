@@ -129,60 +129,56 @@ class Space(NamedTuple):
     matrix: np.ndarray  # (d, k)
 
 
-def fit_space(features, video: np.ndarray, track: np.ndarray, center: bool = True, whiten: bool = True, dull: float = 0.9) -> Space:
+def fit_space(features, video: np.ndarray, track: np.ndarray, center: bool = True, whiten: bool = True, dull: float = 0.9,
+              most: int = 512) -> Space:  # fmt: skip
     """The space in which what all images share, what a video shares, and what changes within a tracklet says little.
 
-    features (N, d), any float type; video, track (N,). One pass, O(N d^2); memory is d x d and a row for each video.
+    features (N, d), any float type; video, track (N,). One pass, O(N d^2); memory is d x d and two rows for each video.
     center: subtract each video's mean (a camera makes its images alike), shrunk towards the overall mean by the ratio of
     variances between tracklets and between videos, so that a video of few people keeps them (empirical Bayes).
     whiten: divide out the covariance, shrunk towards a sphere by the oracle approximating coefficient (Chen et al., 2010), so
     that few images or many dimensions do no harm; then leave out directions that vary within tracklets at least `dull` times
-    as much as over all images, since they say nothing about who it is.
+    as much as over all images, since they say little about who it is, and all but the `most` telling ones.
     """
     N, d = features.shape
     video, track = dense(np.asarray(video)), dense(np.asarray(track))
     V, T = video.max() + 1, track.max() + 1
-    sums, tracks = np.zeros((V, d)), np.zeros(V)  # by video: sum of features, number of tracklets
+    if not center and not whiten:
+        return Space(np.zeros(d, np.float32), np.float32(np.inf), np.eye(d, dtype=np.float32))
+    sums, means = np.zeros((V, d), np.float32), np.zeros((V, d), np.float32)  # by video: of its images, of its tracklets' means
+    tracks, squares = np.zeros(V), 0.0  # by video: number of tracklets; overall: sum of squared lengths of tracklets' means
     second, between = np.zeros((d, d)), np.zeros((d, d))  # sum of x x' over images, of n c c' over tracklets (c their means)
-    spread = 0.0  # sum of |c|^2 over tracklets
-    means = np.zeros((V, d))  # by video: sum of its tracklets' means
     for rows in video_rows(features, video):
         x = unit(features[rows])
-        names, mine = np.unique(track[rows], return_inverse=True)
-        size = np.bincount(mine)
+        first, mine, size = np.unique(track[rows], return_index=True, return_inverse=True, return_counts=True)[1:]
         c = group_sums(x, mine) / size[:, None]
-        home = np.empty(len(names), np.int64)
-        home[mine] = video[rows]
-        here, local = np.unique(home, return_inverse=True)
-        sums[here] += group_sums(x, np.unique(video[rows], return_inverse=True)[1])
-        np.add.at(means, home, c)
-        tracks[here] += np.bincount(local)
+        here, local = np.unique(video[rows], return_inverse=True)
+        sums[here], means[here] = group_sums(x, local), coo_array((np.ones(len(c)), (local[first], np.arange(len(c))))).tocsr() @ c
+        tracks[here] = np.bincount(local[first])
+        squares += float((c**2).sum())
         second += x.T @ x
         between += (c * size[:, None]).T @ c
-        spread += float((c**2).sum())
-    count = np.bincount(video).astype(float)
-    mean = sums.sum(0) / N
-    prior = np.inf
-    if center:
-        of_video = means / tracks[:, None]
-        within = max(0.0, spread - (tracks[:, None] * of_video**2).sum()) / max(1, T - V)  # a tracklet around its video
-        over = ((of_video - of_video.mean(0)) ** 2).sum() / max(1, V - 1) - within * (1 / tracks).mean()  # a video around all
+    count, mean, prior = np.bincount(video), sums.sum(0, dtype=float) / N, np.inf
+    if center and V > 1:
+        means /= tracks[:, None]
+        length = np.einsum("vd,vd->v", means, means)
+        within = max(0.0, squares - (tracks * length).sum()) / max(1, T - V)  # variance of a tracklet around its video
+        over = (length.sum() - V * (means.mean(0) ** 2).sum()) / (V - 1) - within * (1 / tracks).mean()  # of a video around all
         prior = N / T * within / over if over > 0 else np.inf
-        if V == 1:
-            prior = np.inf
-    shrunk = shrink_means(sums, count, mean, prior)
-    cross = sums.T @ shrunk
-    total = (second - cross - cross.T + (shrunk * count[:, None]).T @ shrunk) / N
-    if not whiten:
-        return Space(mean.astype(np.float32), np.float32(prior), np.eye(d, dtype=np.float32))
-    trace, trace2 = max(np.trace(total), 1e-9), (total**2).sum()
-    shrink = np.clip(((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * max(trace2 - trace**2 / d, 1e-30)), 0, 1)
-    values, vectors = np.linalg.eigh((1 - shrink) * total + shrink * trace / d * np.eye(d))
-    matrix = vectors / np.sqrt(values.clip(1e-9 * trace / d))
-    if N > T:
-        share, directions = np.linalg.eigh(matrix.T @ (second - between) @ matrix / (N - T))
-        if (share < dull).sum() > 1:
-            matrix = matrix @ directions[:, share < dull]
+    matrix = np.eye(d)
+    if whiten:
+        total = second / N
+        for part in slices(sums):
+            s, shrunk = sums[part].astype(float), shrink_means(sums[part], count[part], mean, prior)
+            cross = s.T @ shrunk
+            total -= (cross + cross.T - (shrunk * count[part, None]).T @ shrunk) / N
+        trace, trace2 = max(np.trace(total), 1e-9), (total**2).sum()
+        shrink = np.clip(((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * max(trace2 - trace**2 / d, 1e-30)), 0, 1)
+        values, vectors = np.linalg.eigh((1 - shrink) * total + shrink * trace / d * np.eye(d))
+        matrix = vectors / np.sqrt(values.clip(1e-9 * trace / d))
+        share, directions = np.linalg.eigh(matrix.T @ (second - between) @ matrix / max(1, N - T))  # of the variance within tracklets
+        telling = np.flatnonzero(share < dull)[:most]
+        matrix = matrix @ directions[:, telling if len(telling) > 1 else slice(most)]
     return Space(mean.astype(np.float32), np.float32(prior), matrix.astype(np.float32))
 
 
@@ -211,7 +207,8 @@ def place(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, spa
             same = (track[rows[k:]] == track[rows[:-k]])[:, None]
             around[k:] += same * x[:-k]
             around[:-k] += same * x[k:]
-        out[rows] = around / np.linalg.norm(around, axis=1, keepdims=True)
+        length = np.linalg.norm(around, axis=1, keepdims=True)
+        out[rows] = np.where(length > 1e-3, around, x) / np.where(length > 1e-3, length, 1)  # neighbours may cancel out
     return out
 
 
@@ -358,9 +355,16 @@ def merge(features, identities: list[np.ndarray], moment: np.ndarray, sigma: flo
     fresh = np.ones(n, bool) if fresh is None else fresh
     size = np.array([len(rows) for rows in identities])
     square = np.einsum("nd,nd->n", sums, sums)
-    alive, age, heap = np.ones(n, bool), [0] * n, []
+    alive, age, heap, identities, known = np.ones(n, bool), [0] * n, [], list(identities), {}
     near = None if pairs is None else [set() for _ in range(n)]
-    known = [None] * n  # members and moments, once they are needed
+
+    def members(k: int) -> tuple[np.ndarray, set]:
+        """Unit features and moments of an identity, read when they are first asked for."""
+        if k not in known:
+            if len(known) >= 4096:
+                known.clear()  # so that memory stays a window
+            known[k] = unit(features[identities[k]]), set(moment[identities[k]].tolist())
+        return known[k]
 
     def offer(a: np.ndarray, b: np.ndarray, dot: np.ndarray) -> None:
         """Pairs a[k], b[k] whose sums have the product dot[k], onto the heap if they are close and may be consistent."""
@@ -390,19 +394,18 @@ def merge(features, identities: list[np.ndarray], moment: np.ndarray, sigma: flo
         _, i, j, age_i, age_j = heapq.heappop(heap)
         if age[i] != age_i or age[j] != age_j or not (alive[i] and alive[j]):
             continue
-        for k in (i, j):
-            if known[k] is None:
-                known[k] = unit(features[identities[k]]), set(moment[identities[k]].tolist())
-        if cannot_link and not known[i][1].isdisjoint(known[j][1]):
+        (x, seen), (y, others) = members(i), members(j)
+        if cannot_link and not seen.isdisjoint(others):
             continue
         total = sums[i] + sums[j]
         limit = (1 - sigma - TOLERANCE) * np.linalg.norm(total)
-        if (known[i][0] @ total).min() < limit or (known[j][0] @ total).min() < limit:
+        if (x @ total).min() < limit or (y @ total).min() < limit:
             continue
-        known[i] = np.concatenate([known[i][0], known[j][0]]), known[i][1] | known[j][1]
+        known[i], identities[i] = (np.concatenate([x, y]), seen | others), np.concatenate([identities[i], identities[j]])
+        known.pop(j, None)
         groups[i] += groups[j]
         sums[i], size[i], square[i], age[i] = total, size[i] + size[j], total @ total, age[i] + 1
-        alive[j], groups[j], known[j] = False, None, None
+        alive[j], groups[j], identities[j] = False, None, None
         if near is None:
             others = np.flatnonzero(alive)
         else:

@@ -76,10 +76,10 @@ def encoded_walkers(noise: float, seed: int) -> tuple:
     return features, tracklets.video, tracklets.track, tracklets.frame, data.read_labels(root / "train.json", tracklets)
 
 
-def ours(case: tuple, sigma=None, tau=None, center=True, whiten=True, smooth=1, report=None, **options) -> np.ndarray:
+def ours(case: tuple, sigma=None, tau=None, center=True, whiten=True, smooth=1, dull=0.9, report=None, **options) -> np.ndarray:
     """Labels (N,) from features as they come, by the whole of denoise.py."""
     features, video, track, frame, _ = case
-    placed = D.place(features, video, track, frame, D.fit_space(features, video, track, center, whiten), smooth)
+    placed = D.place(features, video, track, frame, D.fit_space(features, video, track, center, whiten, dull), smooth)
     return D.denoise(placed, video, track, frame, sigma, tau, report=report, **options)
 
 
@@ -204,7 +204,7 @@ def denoise(args) -> None:
 
     if "ablation" in args.parts:
         variants = {
-            "all": {}, "no video means subtracted": dict(center=False), "not whitened": dict(whiten=False), "neither": dict(center=False, whiten=False),
+            "all": {}, "no video means subtracted": dict(center=False), "all directions kept": dict(dull=9), "not whitened": dict(whiten=False), "neither": dict(center=False, whiten=False),
             "no smoothing": dict(smooth=0), "smoothing over 2 images each way": dict(smooth=2),
             "switches not cut": dict(split=False), "not cut, no recovery": dict(split=False, recover=False), "no recovery of the switched half": dict(recover=False),
             "no cannot-link": dict(cannot_link=False), "min_images 1": dict(min_images=1), "min_images 4": dict(min_images=4), "min_images 6": dict(min_images=6),

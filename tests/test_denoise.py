@@ -360,7 +360,7 @@ def test_smoothing_averages_neighbours_in_time_of_the_same_tracklet():
 @pytest.mark.parametrize("N, d", [(1, 4), (2, 3), (6, 300), (40, 5)])
 def test_the_space_is_safe_for_few_images_and_for_images_all_alike(N, d):
     random = np.random.default_rng(0)
-    video, track, frame = np.arange(N) // 3, np.arange(N) // 2, np.arange(N)
+    video, track, frame = np.arange(N) // 4, np.arange(N) // 2, np.arange(N)
     for features in (random.standard_normal((N, d)), np.ones((N, d))):
         for center in (True, False):
             for whiten in (True, False):
