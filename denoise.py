@@ -555,7 +555,7 @@ def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray,
     """sigma and tau from the data, without a label: images of one tracklet are mostly one person, two tracklets seen in one
     frame are two people. features (N, d), in the space they will be compared in; the rest (N,).
 
-    far: the distance that 80% of the centroids of tracklets seen together exceed (trackers mix people up: the closest pairs
+    far: the distance that 85% of the centroids of tracklets seen together exceed (trackers mix people up: the closest pairs
     are often one person). sigma lies halfway from the distance that 95% of images keep to the centroid of the rest of their
     tracklet to far; tau halfway from the median distance between a tracklet's first and second half to far. Halfway, since a
     quantile of either kind alone moves with the tracker's faults. Measured on whole videos, evenly spread, of some 2^25
@@ -578,12 +578,12 @@ def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray,
     a, b = (a[a < b], b[a < b]) if (a < b).any() else np.triu_indices(min(len(size), 400), 1)
     centroids = centroids_of(x, track)
     strangers = 1 - np.einsum("nd,nd->n", centroids[a], centroids[b])
-    far = float(np.quantile(strangers, 0.2)) if len(strangers) else 1.0  # nothing to measure: at right angles
+    far = float(np.quantile(strangers, 0.15)) if len(strangers) else 1.0  # nothing to measure: at right angles
     near = float(np.quantile(own, 0.95)) if len(own) else 0.0
     half = float(np.median(halves)) if len(halves) else near
     if say:
         say(f"95% of images lie within {near:.3f} of the rest of their tracklet, halves of a tracklet {half:.3f} apart (median), "
-            f"80% of tracklets seen together {far:.3f} or more")  # fmt: skip
+            f"85% of tracklets seen together {far:.3f} or more")  # fmt: skip
     return min((near + far) / 2, 2.0), min((half + far) / 2, 2.0)
 
 
@@ -621,12 +621,13 @@ def check_index(video, track, frame, name=lambda i: f"row {i}") -> tuple[np.ndar
 
 
 def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int = 2, window: int = 32, stride: int = 16,
-            split: bool = True, cannot_link: bool = True, recover: bool = True, returning: bool = False, report=None) -> np.ndarray:  # fmt: skip
+            split: bool = True, cannot_link: bool = True, recover: bool = True, returning: bool = False, cut_by=None, report=None) -> np.ndarray:  # fmt: skip
     """Identities from tracklets: calibration and the three levels. Labels int64 (N,), 0..n-1, -1 for noise.
 
     features: (N, d), array or memory-mapped, any float type, normalised here; those of a network are worth far more after
     `place`. video, track, frame: integers (N,); the range slides over videos in the order of their numbers; a track number
-    belongs to one video. sigma, tau: thresholds in [0, 2]; calibrated where None. split: cut identity switches before level 1.
+    belongs to one video. sigma, tau: thresholds in [0, 2]; calibrated where None. split: cut identity switches before level 1,
+    found in the features `cut_by` (N, any) if given: such as are not smoothed over time, which blurs a switch.
     returning: look for people who stay away for longer than a range, see `reunite`. report, if given, is called with
     (level, labels, noise) before the first level and after each. The order of rows does not matter; in the order of video,
     track and frame they are read without a copy. Raises ValueError for arrays of different lengths, features that are zero or
@@ -648,6 +649,7 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
         unit(features[part], part.start)  # raises for rows that are zero or not finite
     if order is not None:
         labels, options = np.empty(len(order), np.int64), dict(split=split, cannot_link=cannot_link, recover=recover, returning=returning)
+        options["cut_by"] = None if cut_by is None else Rows(cut_by, order)
         back = (lambda level, found, share: report(level, found[np.argsort(order)], share)) if report else None
         labels[order] = denoise(Rows(features, order), video[order], track[order], frame[order], sigma, tau, min_images, window, stride, report=back, **options)
         return labels
@@ -658,7 +660,7 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
     tell = lambda level, labels: report and report(level, labels, noise(features, labels, sigma, tau, video, window, stride))
     tell("tracklets", track)
     if split:
-        track = split_switches(features, video, track, frame, tau)
+        track = split_switches(features if cut_by is None else cut_by, video, track, frame, tau)
     labels = single_tracklet(features, video, track, sigma, min_images)
     tell("single tracklet", labels)
     labels = single_video(features, labels, video, track, frame, sigma, tau, min_images, cannot_link, recover)
@@ -676,8 +678,8 @@ def denoise_tracklets(tracklets: Tracklets, features, scratch, truth: np.ndarray
                       **options) -> tuple[np.ndarray, dict, Space]:  # fmt: skip
     """Fit the space, calibrate and denoise an index of tracklets, printing a line for each level.
 
-    features (N, d), array or memory-mapped: a zero row is an unreadable image, and gets -1. scratch: a file for the features in
-    their space, removed at the end. truth (N,), where it is known, is only measured against. options: `denoise`'s.
+    features (N, d), array or memory-mapped: a zero row is an unreadable image, and gets -1. scratch: name of files for the
+    features in their space, removed at the end. truth (N,), where it is known, is only measured against. options: `denoise`'s.
     Returns the labels (N,), the figures for log.jsonl (identities, images kept, noise, thresholds, F1) and the space.
     """
     if len(features) != len(tracklets) or features.ndim != 2:
@@ -691,8 +693,9 @@ def denoise_tracklets(tracklets: Tracklets, features, scratch, truth: np.ndarray
     features = features if len(rows) == len(features) else Rows(features, rows)
     video, track, frame = tracklets.video[rows], tracklets.track[rows], tracklets.frame[rows]
     space = fit_space(features, video, track, center, whiten)
-    with replacing(scratch, keep=False) as temporary:
-        placed = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(rows), space.matrix.shape[1]))
+    with replacing(scratch, keep=False) as first, replacing(Path(scratch).with_suffix(".smooth"), keep=False) as second:
+        sharp, placed = (np.lib.format.open_memmap(file, "w+", np.float16, (len(rows), space.matrix.shape[1])) for file in (first, second))
+        place(features, video, track, frame, space, 0, sharp)
         place(features, video, track, frame, space, smooth, placed)
         chosen = calibrate(placed, video, track, frame, print_line)
         sigma, tau = chosen[0] if sigma is None else sigma, chosen[1] if tau is None else tau
@@ -712,7 +715,7 @@ def denoise_tracklets(tracklets: Tracklets, features, scratch, truth: np.ndarray
             report.update(identities=int(labels.max() + 1), images_kept=int((labels >= 0).sum()), noise_after=share)
             print_line(line)
 
-        denoise(placed, video, track, frame, sigma, tau, report=tell, **options)
+        denoise(placed, video, track, frame, sigma, tau, cut_by=sharp, report=tell, **options)
     for name, values in (("tracklets", tracklets.track), ("videos", tracklets.video)):
         both = np.unique(np.stack([full[full >= 0], values[full >= 0]]), axis=1)
         report[f"{name}_per_identity"] = both.shape[1] / max(1, report["identities"])

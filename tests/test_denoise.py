@@ -296,7 +296,7 @@ def test_calibration_by_hand():
     sigma, tau = D.calibrate(features, video, track, frame, said.append)
     assert sigma == pytest.approx((distance(rest) + distance(100)) / 2, abs=1e-5)
     assert tau == pytest.approx((distance(10) + distance(100)) / 2, abs=1e-5)
-    assert "80% of tracklets seen together" in said[0]
+    assert "85% of tracklets seen together" in said[0]
 
 
 def test_calibration_separates_well_separated_people():
