@@ -72,13 +72,13 @@ def slices(features, floats: int = 2**23):
 
 def video_rows(features, video: np.ndarray, floats: int = 2**23):
     """Rows of whole videos in their order, as many videos at a time as fit `floats` numbers."""
-    videos, waiting = group_rows(video), []
-    for rows in videos:
-        if waiting and (sum(map(len, waiting)) + len(rows)) * features.shape[1] > floats:
-            yield np.concatenate(waiting)
-            waiting = []
-        waiting.append(rows)
-    yield np.concatenate(waiting)
+    videos = group_rows(video)
+    before = np.cumsum([0] + [len(rows) for rows in videos]) * features.shape[1]  # numbers before each video
+    first = 0
+    while first < len(videos):
+        stop = max(first + 1, int(np.searchsorted(before, before[first] + floats, "right")) - 1)
+        yield np.concatenate(videos[first:stop])
+        first = stop
 
 
 class Rows:
@@ -124,8 +124,8 @@ def moments(video: np.ndarray, frame: np.ndarray) -> np.ndarray:
 class Space(NamedTuple):
     """Where features are compared: x -> unit((x - shrunk mean of its video) @ matrix), found without a label."""
 
-    mean: np.ndarray  # (d,) of all images
-    prior: np.ndarray  # (), a video's mean counts the overall mean as this many images more; infinite: no video's own mean
+    mean: np.ndarray  # (d,) of all tracklets' means
+    prior: np.ndarray  # (), a video's mean counts the overall mean as this many tracklets more; infinite: no video's own mean
     matrix: np.ndarray  # (d, k)
 
 
@@ -133,48 +133,47 @@ def fit_space(features, video: np.ndarray, track: np.ndarray, center: bool = Tru
               most: int = 512) -> Space:  # fmt: skip
     """The space in which what all images share, what a video shares, and what changes within a tracklet says little.
 
-    features (N, d), any float type; video, track (N,). One pass, O(N d^2); memory is d x d and two rows for each video.
-    center: subtract each video's mean (a camera makes its images alike), shrunk towards the overall mean by the ratio of
-    variances between tracklets and between videos, so that a video of few people keeps them (empirical Bayes).
+    features (N, d), any float type; video, track (N,). One pass, O(N d^2); memory is d x d, two rows for each video, and a few videos.
+    center: subtract each video's mean (a camera makes its images alike), that of its T_v tracklets' means, drawn to the overall
+    mean with a weight of prior / (T_v + prior), so that a video of few tracklets keeps what they show. prior is the variance of
+    tracklets within videos over that of videos (empirical Bayes); with one tracklet a video, the two cannot be told apart.
     whiten: divide out the covariance, shrunk towards a sphere by the oracle approximating coefficient (Chen et al., 2010), so
-    that few images or many dimensions do no harm; then leave out directions that vary within tracklets at least `dull` times
-    as much as over all images, since they say little about who it is, and all but the `most` telling ones.
+    that few images or many dimensions do no harm; then leave out directions of which a share of `dull` or more varies within
+    tracklets, since they say little about who it is, and all but the `most` telling ones.
     """
     N, d = features.shape
     video, track = dense(np.asarray(video)), dense(np.asarray(track))
     V, T = video.max() + 1, track.max() + 1
     if not center and not whiten:
         return Space(np.zeros(d, np.float32), np.float32(np.inf), np.eye(d, dtype=np.float32))
-    sums, means = np.zeros((V, d), np.float32), np.zeros((V, d), np.float32)  # by video: of its images, of its tracklets' means
+    sums, means = np.zeros((V, d), np.float32), np.zeros((V, d), np.float32)  # by video: sum of its images, mean of its tracklets' means
     tracks, squares = np.zeros(V), 0.0  # by video: number of tracklets; overall: sum of squared lengths of tracklets' means
     second, between = np.zeros((d, d)), np.zeros((d, d))  # sum of x x' over images, of n c c' over tracklets (c their means)
     for rows in video_rows(features, video):
         x = unit(features[rows])
-        first, mine, size = np.unique(track[rows], return_index=True, return_inverse=True, return_counts=True)[1:]
-        c = group_sums(x, mine) / size[:, None]
         here, local = np.unique(video[rows], return_inverse=True)
-        sums[here], means[here] = group_sums(x, local), coo_array((np.ones(len(c)), (local[first], np.arange(len(c))))).tocsr() @ c
-        tracks[here] = np.bincount(local[first])
+        first, mine, size = np.unique(track[rows], return_index=True, return_inverse=True, return_counts=True)[1:]
+        c, home = means_of(x, mine), local[first]
+        sums[here], means[here], tracks[here] = group_sums(x, local), means_of(c, home), np.bincount(home)
         squares += float((c**2).sum())
         second += x.T @ x
         between += (c * size[:, None]).T @ c
-    count, mean, prior = np.bincount(video), sums.sum(0, dtype=float) / N, np.inf
-    if center and V > 1:
-        means /= tracks[:, None]
+    count, mean, prior = np.bincount(video), tracks @ means / T, np.inf
+    if center and 1 < V < T:  # with a tracklet a video, the video's mean is the person
         length = np.einsum("vd,vd->v", means, means)
         within = max(0.0, squares - (tracks * length).sum()) / max(1, T - V)  # variance of a tracklet around its video
         over = (length.sum() - V * (means.mean(0) ** 2).sum()) / (V - 1) - within * (1 / tracks).mean()  # of a video around all
-        prior = N / T * within / over if over > 0 else np.inf
+        prior = within / over if over > 0 else np.inf
     matrix = np.eye(d)
     if whiten:
         total = second / N
         for part in slices(sums):
-            s, shrunk = sums[part].astype(float), shrink_means(sums[part], count[part], mean, prior)
+            s, shrunk = sums[part].astype(float), shrink(means[part], tracks[part], mean, prior)
             cross = s.T @ shrunk
             total -= (cross + cross.T - (shrunk * count[part, None]).T @ shrunk) / N
         trace, trace2 = max(np.trace(total), 1e-9), (total**2).sum()
-        shrink = np.clip(((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * max(trace2 - trace**2 / d, 1e-30)), 0, 1)
-        values, vectors = np.linalg.eigh((1 - shrink) * total + shrink * trace / d * np.eye(d))
+        towards = np.clip(((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * max(trace2 - trace**2 / d, 1e-30)), 0, 1)
+        values, vectors = np.linalg.eigh((1 - towards) * total + towards * trace / d * np.eye(d))
         matrix = vectors / np.sqrt(values.clip(1e-9 * trace / d))
         share, directions = np.linalg.eigh(matrix.T @ (second - between) @ matrix / max(1, N - T))  # of the variance within tracklets
         telling = np.flatnonzero(share < dull)[:most]
@@ -182,10 +181,15 @@ def fit_space(features, video: np.ndarray, track: np.ndarray, center: bool = Tru
     return Space(mean.astype(np.float32), np.float32(prior), matrix.astype(np.float32))
 
 
-def shrink_means(sums: np.ndarray, count: np.ndarray, mean: np.ndarray, prior: float) -> np.ndarray:
-    """Means of groups, `mean` counting as `prior` members more. sums (n, d), count (n,) -> (n, d)."""
+def means_of(x: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Mean of the rows (n, d) of each group 0..g-1: (g, d)."""
+    return coo_array((1 / np.bincount(group)[group], (group, np.arange(len(x))))).tocsr() @ x
+
+
+def shrink(means: np.ndarray, count: np.ndarray, mean: np.ndarray, prior: float) -> np.ndarray:
+    """Means (n, d) of so many members (n,), drawn to `mean` with a weight of prior / (count + prior)."""
     weight = (1 / (1 + prior / count))[:, None] if np.isfinite(prior) else np.zeros((len(count), 1))
-    return weight * sums / count[:, None] + (1 - weight) * mean
+    return weight * means + (1 - weight) * mean
 
 
 def place(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, space: Space, smooth: int = 1, out=None):
@@ -198,17 +202,20 @@ def place(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, spa
     for rows in video_rows(features, video):
         rows = rows[np.lexsort((frame[rows], track[rows]))]
         x, local = unit(features[rows]), np.unique(video[rows], return_inverse=True)[1]
-        x -= shrink_means(group_sums(x, local), np.bincount(local), space.mean, float(space.prior))[local].astype(np.float32)
+        first, mine = np.unique(track[rows], return_index=True, return_inverse=True)[1:]
+        home = local[first]
+        x -= shrink(means_of(means_of(x, mine), home), np.bincount(home), space.mean, float(space.prior))[local].astype(np.float32)
         x = x @ space.matrix
         length = np.linalg.norm(x, axis=1, keepdims=True)
-        x = np.where(length > 1e-6, x, 1e-6) / np.maximum(length, 1e-6)  # an image that is all mean: any direction will do
+        x = np.where(length > 1e-6, x, 0) / np.maximum(length, 1e-6)
         around = x.copy()
         for k in range(1, smooth + 1):
             same = (track[rows[k:]] == track[rows[:-k]])[:, None]
             around[k:] += same * x[:-k]
             around[:-k] += same * x[k:]
-        length = np.linalg.norm(around, axis=1, keepdims=True)
-        out[rows] = np.where(length > 1e-3, around, x) / np.where(length > 1e-3, length, 1)  # neighbours may cancel out
+        around = np.where(np.linalg.norm(around, axis=1, keepdims=True) > 1e-3, around, x)  # neighbours may cancel out
+        around[~around.any(1)] = 1  # an image that is nothing but mean: one direction for all such
+        out[rows] = around / np.linalg.norm(around, axis=1, keepdims=True)
     return out
 
 
@@ -235,10 +242,11 @@ def noise(features, labels: np.ndarray, sigma: float, tau: float, video: np.ndar
     everyone = [np.arange(len(centroids))] if video is None else ranges(labels, dense(video), window, stride)
     for here in everyone:
         c = centroids[here]
-        for start in range(0, len(here), 1024):
-            distance = 1 - c[start : start + 1024] @ c.T
+        block = max(1, 2**24 // max(1, len(here)))
+        for start in range(0, len(here), block):
+            distance = 1 - c[start : start + block] @ c.T
             distance[np.arange(len(distance)), start + np.arange(len(distance))] = np.inf
-            close[here[start : start + 1024]] |= (distance < tau - TOLERANCE).any(1)
+            close[here[start : start + block]] |= (distance < tau - TOLERANCE).any(1)
     return outside / int(kept.sum()), float(close.mean())
 
 
@@ -266,8 +274,8 @@ def trim(features: np.ndarray, sigma: float) -> np.ndarray:
     total = features.sum(0, dtype=np.float64)
     towards = features @ total
     while kept.any():
-        worst = np.where(kept, towards, np.inf).argmin()
-        if towards[worst] >= (1 - sigma) * np.linalg.norm(total):
+        worst, length = np.where(kept, towards, np.inf).argmin(), np.linalg.norm(total)
+        if length > TOLERANCE * len(kept) and towards[worst] >= (1 - sigma - TOLERANCE) * length:
             break
         kept[worst] = False
         total -= features[worst]
@@ -318,10 +326,9 @@ def single_tracklet(features, video: np.ndarray, track: np.ndarray, sigma: float
         rows = rows[track[rows] >= 0]
         x, local = unit(features[rows]), np.unique(track[rows], return_inverse=True)[1]
         outside = 1 - np.einsum("nd,nd->n", x, centroids_of(x, local)[local]) > sigma
-        kept = np.ones(len(rows), bool)
+        kept, tracks = np.ones(len(rows), bool), group_rows(local)
         for n in np.unique(local[outside]):  # the others are spheres already
-            members = np.flatnonzero(local == n)
-            kept[members] = trim(x[members], sigma)
+            kept[tracks[n]] = trim(x[tracks[n]], sigma)
         kept &= np.bincount(local, weights=kept, minlength=1)[local] >= min_images
         labels[rows[kept]] = track[rows[kept]]
     return labels
@@ -333,7 +340,8 @@ def consistent(features, rows: np.ndarray, moment: np.ndarray, sigma: float, can
         return False
     members = unit(features[rows])
     total = members.sum(0)
-    return bool((members @ total).min() >= (1 - sigma - TOLERANCE) * np.linalg.norm(total))
+    length = np.linalg.norm(total)  # none: opposite images, which have no centroid
+    return bool(length > TOLERANCE * len(rows) and (members @ total).min() >= (1 - sigma - TOLERANCE) * length)
 
 
 def merge(features, identities: list[np.ndarray], moment: np.ndarray, sigma: float, tau: float, cannot_link: bool = True,
@@ -345,13 +353,13 @@ def merge(features, identities: list[np.ndarray], moment: np.ndarray, sigma: flo
     Of each identity its sum is kept, which rules most unions out: the mean distance of a part's members to the new centroid is
     at most their largest. Members are read for the few pairs that pass.
 
-    sums (n, d): of their unit features, if known. fresh: bool (n,), pairs of two that are not fresh have been refused before.
+    sums (n, d): of their unit features, if known; overwritten. fresh: bool (n,), pairs of two that are not fresh have been refused before.
     pairs: integers (m, 2), the only ones to consider, inherited by unions; all if None.
     """
     n, groups = len(identities), [[k] for k in range(len(identities))]
     if n < 2:
         return groups
-    sums = np.stack([unit(features[rows]).sum(0) for rows in identities]) if sums is None else sums.copy()
+    sums = np.stack([unit(features[rows]).sum(0) for rows in identities]) if sums is None else sums
     fresh = np.ones(n, bool) if fresh is None else fresh
     size = np.array([len(rows) for rows in identities])
     square = np.einsum("nd,nd->n", sums, sums)
@@ -366,29 +374,28 @@ def merge(features, identities: list[np.ndarray], moment: np.ndarray, sigma: flo
             known[k] = unit(features[identities[k]]), set(moment[identities[k]].tolist())
         return known[k]
 
-    def offer(a: np.ndarray, b: np.ndarray, dot: np.ndarray) -> None:
-        """Pairs a[k], b[k] whose sums have the product dot[k], onto the heap if they are close and may be consistent."""
-        close = dot > (1 - tau) * np.sqrt(square[a] * square[b])
-        a, b, dot = a[close], b[close], dot[close]
-        longest = np.minimum((square[a] + dot) / size[a], (square[b] + dot) / size[b])  # members' mean product with the union's sum
-        possible = longest >= (1 - sigma - TOLERANCE) * np.sqrt(square[a] + square[b] + 2 * dot)
-        a, b, dot = a[possible], b[possible], dot[possible]
-        for distance, i, j in zip((1 - dot / np.sqrt(square[a] * square[b])).tolist(), a.tolist(), b.tolist()):
-            heapq.heappush(heap, (distance, i, j, age[i], age[j]))
+    def offer(a: np.ndarray, b: np.ndarray) -> None:
+        """Pairs a[k], b[k] onto the heap if they are close and may be consistent."""
+        dot, lengths = np.einsum("nd,nd->n", sums[a], sums[b]), np.sqrt(square[a] * square[b])
+        union = np.sqrt(np.maximum(square[a] + square[b] + 2 * dot, 0))
+        mean = np.minimum((square[a] + dot) / size[a], (square[b] + dot) / size[b])  # product of a part's members with the union's sum
+        for k in np.flatnonzero((dot > (1 - tau) * lengths) & (mean >= (1 - sigma - TOLERANCE) * union)).tolist():
+            i, j = int(a[k]), int(b[k])
+            heapq.heappush(heap, (float(1 - dot[k] / lengths[k]), i, j, age[i], age[j]))
 
+    block = max(1, 2**24 // n)
     if near is None:
-        for start in range(0, n, 1024):
-            dot = sums[start : start + 1024] @ sums.T
-            a, b = np.nonzero(dot > (1 - tau) * np.sqrt(square[start : start + 1024, None] * square))
+        for start in range(0, n, block):
+            dot = sums[start : start + block] @ sums.T  # finds the pairs; `offer` decides, with the same products for all callers
+            a, b = np.nonzero(dot > (1 - tau - 1e-4) * np.sqrt(square[start : start + block, None] * square))
             first = (a + start < b) & (fresh[a + start] | fresh[b])
-            offer(a[first] + start, b[first], dot[a[first], b[first]])
+            offer(a[first] + start, b[first])
     else:
         for start in range(0, len(pairs), 2**16):
-            a, b = pairs[start : start + 2**16].T
-            offer(a, b, np.einsum("nd,nd->n", sums[a], sums[b]))
-        for a, b in pairs.tolist():
-            near[a].add(b)
-            near[b].add(a)
+            offer(*pairs[start : start + 2**16].T)
+            for a, b in pairs[start : start + 2**16].tolist():
+                near[a].add(b)
+                near[b].add(a)
 
     while heap:
         _, i, j, age_i, age_j = heapq.heappop(heap)
@@ -398,8 +405,8 @@ def merge(features, identities: list[np.ndarray], moment: np.ndarray, sigma: flo
         if cannot_link and not seen.isdisjoint(others):
             continue
         total = sums[i] + sums[j]
-        limit = (1 - sigma - TOLERANCE) * np.linalg.norm(total)
-        if (x @ total).min() < limit or (y @ total).min() < limit:
+        length = np.linalg.norm(total)
+        if length <= TOLERANCE * (len(x) + len(y)) or min((x @ total).min(), (y @ total).min()) < (1 - sigma - TOLERANCE) * length:
             continue
         known[i], identities[i] = (np.concatenate([x, y]), seen | others), np.concatenate([identities[i], identities[j]])
         known.pop(j, None)
@@ -417,7 +424,7 @@ def merge(features, identities: list[np.ndarray], moment: np.ndarray, sigma: flo
             near[j] = None
             others = np.array(sorted(near[i]), np.int64)
         others = others[others != i]
-        offer(np.full(len(others), i), others, sums[others] @ sums[i])
+        offer(np.full(len(others), i), others)
     return [group for group in groups if group]
 
 
@@ -488,31 +495,31 @@ def cross_video(features, labels: np.ndarray, video: np.ndarray, frame: np.ndarr
     """
     labels, video, moment = dense(labels), dense(video), moments(video, frame)
     rule = moment, sigma, tau, cannot_link
-    fresh = np.ones(labels.max(initial=-1) + 1, bool)
+    fresh, sums = np.ones(labels.max(initial=-1) + 1, bool), group_sums(features, labels)
     while True:
-        identities, sums, links = group_rows(labels), group_sums(features, labels), []
+        identities, links = group_rows(labels), []
         for here in ranges(labels, video, window, stride) if fresh.any() else ():
             if fresh[here].any():
                 for group in merge(features, [identities[n] for n in here], *rule, sums[here], fresh[here]):
-                    if len(group) > 1:
-                        links.append(np.sort(here[group])[np.stack(np.triu_indices(len(group), 1), 1)])
-        if not links:
+                    links.append(np.stack([here[group[:-1]], here[group[1:]]], 1))  # the first two that merged are neighbours
+        if not sum(map(len, links)):
             return labels
-        labels, fresh = follow(features, labels, identities, sums, np.unique(np.concatenate(links), axis=0), *rule)
-        del identities, sums  # before they are made anew
+        labels, fresh, sums = follow(features, labels, identities, sums, np.unique(np.concatenate(links), axis=0), *rule)
 
 
 def follow(features, labels: np.ndarray, identities: list[np.ndarray], sums: np.ndarray, links: np.ndarray, *rule) -> tuple:
     """Make one identity of those that are linked, or as few as are consistent. links (m, 2): numbers of identities.
-    Returns labels (N,) and, for each new identity, whether it comes from linked ones, bool."""
-    n = len(identities)
+    Returns labels (N,), and of the new identities: whether they come from linked ones, bool, and their sums."""
+    n, moment, sigma, cannot_link = len(identities), rule[0], rule[1], rule[3]
     component = connected_components(coo_array((np.ones(len(links)), links.T), shape=(n, n)), directed=False)[1]
     linked = np.bincount(component)[component] > 1
     links = links[np.argsort(component[links[:, 0]], kind="stable")]
     start = np.searchsorted(component[links[:, 0]], np.arange(n + 1))  # row of each component's first link
     new = component.copy()
     for parts in group_rows(np.where(linked, component, -1)):
-        if not consistent(features, np.concatenate([identities[k] for k in parts]), rule[0], rule[1], rule[3]):
+        total, size = sums[parts].sum(0), np.array([len(identities[k]) for k in parts])
+        inside = (sums[parts] @ total / size).min() >= (1 - sigma - 1e-5) * np.linalg.norm(total)  # of each part on average
+        if not inside or not consistent(features, np.concatenate([identities[k] for k in parts]), moment, sigma, cannot_link):
             c = component[parts[0]]
             pairs = np.searchsorted(parts, links[start[c] : start[c + 1]])
             for group in merge(features, [identities[k] for k in parts], *rule, sums[parts], pairs=pairs)[1:]:
@@ -520,11 +527,12 @@ def follow(features, labels: np.ndarray, identities: list[np.ndarray], sums: np.
     number = np.unique(new, return_inverse=True)[1]
     fresh = np.zeros(number.max() + 1, bool)
     fresh[number[linked]] = True
-    return np.where(labels >= 0, number[labels], -1), fresh
+    sums = coo_array((np.ones(n, np.float32), (number, np.arange(n)))).tocsr() @ sums
+    return np.where(labels >= 0, number[labels], -1), fresh, sums
 
 
 def reunite(features, labels: np.ndarray, video: np.ndarray, frame: np.ndarray, sigma: float, tau: float, nearest: int = 8,
-            cannot_link: bool = True, block: int = 1024) -> np.ndarray:  # fmt: skip
+            cannot_link: bool = True, floats: int = 2**25) -> np.ndarray:  # fmt: skip
     """Beyond the paper: people who return after more videos than a range holds. Labels (N,), out of level 3's.
 
     One more merge, over all identities, of which each offers its `nearest` others closer than tau. Quadratic in identities:
@@ -534,6 +542,7 @@ def reunite(features, labels: np.ndarray, video: np.ndarray, frame: np.ndarray, 
     identities, centroids, pairs = group_rows(labels), centroids_of(features, labels), [np.empty((0, 2), np.int64)]
     if len(identities) < 2:
         return labels
+    block = max(1, floats // len(centroids))
     for start in range(0, len(centroids), block):
         similarity = torch.from_numpy(centroids[start : start + block]) @ torch.from_numpy(centroids).T
         similarity[torch.arange(len(similarity)), start + torch.arange(len(similarity))] = -2
@@ -575,16 +584,18 @@ def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray,
     halves = 1 - np.einsum("nd,nd->n", halves[::2], halves[1::2])[size >= 4]
     seen = coo_array((np.ones(len(rows)), (track, np.unique(moment, return_inverse=True)[1]))).tocsr()
     a, b = (seen @ seen.T).nonzero()
-    a, b = (a[a < b], b[a < b]) if (a < b).any() else np.triu_indices(min(len(size), 400), 1)
-    centroids = centroids_of(x, track)
-    strangers = 1 - np.einsum("nd,nd->n", centroids[a], centroids[b])
-    far = float(np.quantile(strangers, 0.15)) if len(strangers) else 1.0  # nothing to measure: at right angles
+    together, centroids = bool((a < b).any()), centroids_of(x, track)
+    if not together:  # of any two tracklets most are two people as well
+        some = np.linspace(0, len(size) - 1, min(len(size), 400)).astype(np.int64)
+        a, b = (some[k] for k in np.triu_indices(len(some), 1))
+    strangers = 1 - np.einsum("nd,nd->n", centroids[a[a < b]], centroids[b[a < b]])
+    far = float(np.quantile(strangers, 0.15 if together else 0.5)) if len(strangers) else 1.0  # nothing to measure: at right angles
     near = float(np.quantile(own, 0.95)) if len(own) else 0.0
     half = float(np.median(halves)) if len(halves) else near
     if say:
         say(f"95% of images lie within {near:.3f} of the rest of their tracklet, halves of a tracklet {half:.3f} apart (median), "
-            f"85% of tracklets seen together {far:.3f} or more")  # fmt: skip
-    return min((near + far) / 2, 2.0), min((half + far) / 2, 2.0)
+            f"{'85% of tracklets seen together' if together else 'no tracklets seen together; half of all pairs'} {far:.3f} or more")  # fmt: skip
+    return tuple(float(np.clip((distance + far) / 2, TOLERANCE, 2)) for distance in (near, half))
 
 
 def check_index(video, track, frame, name=lambda i: f"row {i}") -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
@@ -642,7 +653,7 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
     for name, value in (("sigma", sigma), ("tau", tau)):
         if value is not None and not 0 <= value <= 2:  # nan too
             raise ValueError(f"{name}={value}: a cosine distance lies in [0, 2]")
-    if not 1 <= stride < max(window, 2):
+    if not 1 <= stride < window:
         raise ValueError(f"stride={stride}, window={window}: ranges must overlap, so 1 <= stride < window")
     video, track, frame, order = check_index(video, track, frame)
     for part in slices(features):
@@ -669,6 +680,7 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
     if returning:
         tell("cross video", labels)
         labels = reunite(features, labels, video, frame, sigma, tau, cannot_link=cannot_link)
+        labels = cross_video(features, labels, video, frame, sigma, tau, window, stride, cannot_link)  # unions may be near to others now
     tell("returning" if returning else "cross video", labels)
     return labels
 

@@ -272,7 +272,7 @@ def test_sliding_range_links_through_overlaps_and_misses_who_stays_away_longer()
 def test_reuniting_with_all_as_candidates_is_the_global_merge(seed):
     features, video, track, frame, sigma, tau, _, _ = random_case(2 * seed + 1)
     first = D.single_tracklet(features, video, track, sigma)
-    got = D.reunite(features, first, video, frame, sigma, tau, nearest=99, cannot_link=False, block=3)
+    got = D.reunite(features, first, video, frame, sigma, tau, nearest=99, cannot_link=False, floats=9)
     assert partition(got) == merge_by_definition(features.astype(float), D.group_rows(first), sigma, tau)
 
 
@@ -306,29 +306,39 @@ def test_calibration_separates_well_separated_people():
     assert D.pairwise_scores(D.denoise(features, video, track, frame), truth)["f1"] > 0.95
 
 
-def literal_space(features, video, track, prior, dull=0.9):
-    """The space by its definition, everything in memory."""
+def literal_space(features, video, track, dull=0.9):
+    """The space by its definition, everything in memory: (its unit rows, the prior)."""
     x, N, d = features / np.linalg.norm(features, axis=1, keepdims=True), *features.shape
-    mean = x.mean(0)
-    centred = x - np.stack([(x[video == v].sum(0) + prior * mean) / ((video == v).sum() + prior) for v in range(video.max() + 1)])[video]
+    V, T = video.max() + 1, track.max() + 1
+    tracklets = np.stack([x[track == t].mean(0) for t in range(T)])
+    home = np.array([video[track == t][0] for t in range(T)])
+    videos, count = np.stack([tracklets[home == v].mean(0) for v in range(V)]), np.bincount(home)
+    within = ((tracklets - videos[home]) ** 2).sum() / (T - V)
+    over = ((videos - videos.mean(0)) ** 2).sum() / (V - 1) - within * (1 / count).mean()
+    prior, mean = within / over, tracklets.mean(0)
+    centred = x - ((videos * count[:, None] + prior * mean) / (count[:, None] + prior))[video]
     total = centred.T @ centred / N
     trace, trace2 = np.trace(total), (total**2).sum()
     shrink = min(1, ((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * (trace2 - trace**2 / d)))
     values, vectors = np.linalg.eigh((1 - shrink) * total + shrink * trace / d * np.eye(d))
     white = centred @ vectors / np.sqrt(values)
-    residual = white - np.stack([white[track == t].mean(0) for t in range(track.max() + 1)])[track]
-    share, directions = np.linalg.eigh(residual.T @ residual / (N - track.max() - 1))
-    return D.unit(white @ directions[:, share < dull])
+    residual = white - np.stack([white[track == t].mean(0) for t in range(T)])[track]
+    share, directions = np.linalg.eigh(residual.T @ residual / (N - T))
+    return D.unit(white @ directions[:, share < dull]), prior
 
 
 def test_the_space_equals_its_definition_and_takes_out_what_a_video_shares(monkeypatch):
     random = np.random.default_rng(0)
     features, video, track, frame, truth = people(random, n=12, videos=6, frames=10, d=20, spread=0.7)
     stained = (features + 1.5 * D.unit(random.standard_normal((6, 20)))[video]).astype(np.float32)  # each video has a background
+    keep = (track % 5 > 0) | (frame > 5)  # tracklets of 4 and of 10 images
+    stained, video, track, frame, truth = stained[keep], video[keep], track[keep], frame[keep], truth[keep]
     space = D.fit_space(stained, video, track)
+    want, prior = literal_space(stained.astype(float), video, track)
+    assert space.prior == pytest.approx(prior, rel=1e-4)
     placed = D.place(stained, video, track, frame, space, smooth=0)
-    want = literal_space(stained.astype(float), video, track, float(space.prior))
     assert placed.shape == want.shape and 2 <= placed.shape[1] < 20
+    assert D.fit_space(stained, video, track, most=3).matrix.shape == (20, 3)
     assert np.abs(placed @ placed.T - want @ want.T).max() < 1e-3
     gap = lambda f: (f @ f.T)[truth[:, None] == truth].mean() - (f @ f.T)[(truth[:, None] != truth)].mean()
     assert gap(placed) > 2 * gap(D.unit(stained))
