@@ -3,7 +3,7 @@
 An identity is noise-free if all its images lie within a sphere (radius <= sigma, in cosine distance to the centroid) and no
 two identities compared are closer than tau. Level 1 cleans each tracklet, level 2 joins the tracklets of one video, level 3
 links people across a sliding range of videos. The algorithm works on arrays, or on memory-mapped files of any size, of which
-it holds a few videos at a time; reading and pictures come after it.
+it holds a few videos at a time, and a sum for each identity; reading and pictures come after it.
 
     python denoise.py --weights runs/walkers-r10ibn/last.pt
 
@@ -33,14 +33,15 @@ TOLERANCE = 1e-6  # of float32 arithmetic, in cosine distance
 # ---------------------------------------------------------------- arrays
 
 
-def unit(features, first: int = 0) -> np.ndarray:
-    """Rows (n, d) of any float type at unit length, float32. Raises ValueError for rows, numbered from `first`, that are not
-    finite or zero."""
+def unit(features, rows=None) -> np.ndarray:
+    """Features (n, d) of any float type at unit length, float32. Raises ValueError for those that are not finite or zero; `rows`
+    are their numbers (n,), or the first one's."""
     features = np.asarray(features, dtype=np.float32)
     length = np.sqrt(np.einsum("nd,nd->n", features, features))
     bad = np.flatnonzero(~np.isfinite(length) | (length == 0))
     if len(bad):
-        raise ValueError(f"features: {len(bad)} of {len(features)} rows are zero or not finite, the first: row {first + bad[0]}")
+        row = bad[0] + (rows or 0) if np.ndim(rows) == 0 else rows[bad[0]]
+        raise ValueError(f"features: {len(bad)} of {len(features)} rows are zero or not finite, the first: row {row}")
     return features / length[:, None]
 
 
@@ -150,7 +151,7 @@ def fit_space(features, video: np.ndarray, track: np.ndarray, center: bool = Tru
     tracks, squares = np.zeros(V), 0.0  # by video: number of tracklets; overall: sum of squared lengths of tracklets' means
     second, between = np.zeros((d, d)), np.zeros((d, d))  # sum of x x' over images, of n c c' over tracklets (c their means)
     for rows in video_rows(features, video):
-        x = unit(features[rows])
+        x = unit(features[rows], rows)
         here, local = np.unique(video[rows], return_inverse=True)
         first, mine, size = np.unique(track[rows], return_index=True, return_inverse=True, return_counts=True)[1:]
         c, home = means_of(x, mine), local[first]
@@ -201,7 +202,7 @@ def place(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, spa
     out = np.empty((len(video), space.matrix.shape[1]), np.float32) if out is None else out
     for rows in video_rows(features, video):
         rows = rows[np.lexsort((frame[rows], track[rows]))]
-        x, local = unit(features[rows]), np.unique(video[rows], return_inverse=True)[1]
+        x, local = unit(features[rows], rows), np.unique(video[rows], return_inverse=True)[1]
         first, mine = np.unique(track[rows], return_index=True, return_inverse=True)[1:]
         home = local[first]
         x -= shrink(means_of(means_of(x, mine), home), np.bincount(home), space.mean, float(space.prior))[local].astype(np.float32)
@@ -288,6 +289,7 @@ def split_switches(features, video: np.ndarray, track: np.ndarray, frame: np.nda
 
     Each tracklet is cut in time where that explains most of its variance, if the parts' centroids are at least tau apart, and
     so on within the parts, which have `shortest` images or more. A needless cut costs little: level 2 merges the parts again.
+    (Somebody else in the middle of a tracklet may hide: neither cut alone is far enough. Level 1 has to drop them.)
     Not in the paper; without it half a tracklet pulls the other half's centroid along, and level 1 finds nobody to drop.
     features (N, d), the rest (N,). Returns track numbers (N,), 0..n-1; -1 for the last image before a cut and the first after
     it, which may be either's: level 2 finds their place.
@@ -335,7 +337,9 @@ def single_tracklet(features, video: np.ndarray, track: np.ndarray, sigma: float
 
 
 def consistent(features, rows: np.ndarray, moment: np.ndarray, sigma: float, cannot_link: bool = True) -> bool:
-    """Can these rows be one identity: radius <= sigma and, with `cannot_link`, no two of them in one frame."""
+    """Can these rows be one identity: radius <= sigma and, with `cannot_link`, no two of them in one frame.
+
+    The frames are those of the images, not of whole tracklets: what level 1 took out of a tracklet may be somebody else."""
     if cannot_link and len(np.unique(moment[rows])) < len(rows):
         return False
     members = unit(features[rows])
@@ -461,7 +465,7 @@ def single_video(features, labels: np.ndarray, video: np.ndarray, track: np.ndar
 
 def reallocate(features: np.ndarray, labels: np.ndarray, moment: np.ndarray, sigma: float, cannot_link: bool = True) -> np.ndarray:
     """Level 2 (b) for the unit features (n, d) of one video: labels (n,) in which anomalies have joined the nearest identity,
-    those nearest to one first, if they are within sigma of its centroid and it stays consistent."""
+    those nearest to one first, if they are within sigma of its centroid (that of before) and it stays consistent."""
     identities, anomalies, labels = group_rows(labels), np.flatnonzero(labels < 0), labels.copy()
     if not identities or not len(anomalies):
         return labels
@@ -490,8 +494,9 @@ def cross_video(features, labels: np.ndarray, video: np.ndarray, frame: np.ndarr
 
     A range of `window` consecutive videos moves over all of them in steps of `stride`. A merge within a range links its
     identities; what is linked through overlapping ranges becomes one. Where that union is not consistent, the identities that
-    a range linked are merged anew, closest first, as far as the rule goes. Repeated with what has changed until nothing more
-    can be merged within any range. Linear in videos: a range's identities, and a sum for each identity, are in memory.
+    a range linked are merged anew, closest first, as far as the rule goes. Repeated with what was linked until nothing more can
+    be merged within any range. A round is linear in videos, and features are read only for what may be merged; two to five
+    rounds are usual, though a chain of just so close ones can be built that needs as many as there are videos.
     """
     labels, video, moment = dense(labels), dense(video), moments(video, frame)
     rule = moment, sigma, tau, cannot_link
@@ -697,7 +702,14 @@ def denoise_tracklets(tracklets: Tracklets, features, scratch, truth: np.ndarray
     if len(features) != len(tracklets) or features.ndim != 2:
         raise ValueError(f"features are {features.shape}, the index has {len(tracklets):,} images: expected a row for each")
     clock, report, full = time.time(), {}, np.full(len(tracklets), -1)
-    rows = np.concatenate([part.start + np.flatnonzero(np.any(features[part], axis=1)) for part in slices(features)])
+    rows = []
+    for part in slices(features):
+        x = np.asarray(features[part], np.float32)
+        bad = np.flatnonzero(~np.isfinite(x).all(1)) + part.start
+        if len(bad):
+            raise ValueError(f"features: row {bad[0]} is not finite, that of {tracklets.path(bad[0])}")
+        rows.append(part.start + np.flatnonzero(x.any(1)))
+    rows = np.concatenate(rows)
     unreadable = np.setdiff1d(np.arange(len(tracklets)), rows)
     refuse_unreadable(tracklets, unreadable, len(tracklets))
     if len(unreadable):
@@ -800,9 +812,11 @@ def main() -> None:
             features = np.load(args.features, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"--features {args.features}: expected an array in NumPy's .npy format; {error}") from None
-        if features.ndim != 2 or len(features) != len(tracklets) or features.dtype.kind != "f":
-            raise ValueError(f"--features {args.features}: {features.dtype} {features.shape}; expected float16 or float32 ({len(tracklets)}, d), "
+        if getattr(features, "ndim", 0) != 2 or len(features) != len(tracklets) or features.dtype.kind != "f":
+            raise ValueError(f"--features {args.features}: {getattr(features, 'dtype', '')} {getattr(features, 'shape', 'archive')}; expected float16 or float32 ({len(tracklets)}, d), "
                              f"a row for each image of {train_folder} in the order of --index")  # fmt: skip
+        for part in slices(features):
+            unit(features[part], part.start)  # here a zero row is no unreadable image, but a mistake
     else:
         if "RANK" in os.environ:
             dist.init_process_group("gloo")  # processes only wait for each other

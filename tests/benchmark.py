@@ -138,7 +138,7 @@ def mean_and_spread(values) -> str:
 
 def print_rows(title: str, header: list[str], rows: list[list]) -> None:
     """A Markdown table."""
-    print(f"\n{title}\n\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+    print(f"\n{title}\n\n| {' | '.join(map(str, header))} |\n|{' --- |' * len(header)}")
     for row in rows:
         print(f"| {' | '.join(map(str, row))} |", flush=True)
 
@@ -225,7 +225,7 @@ def denoise(args) -> None:
 # ---------------------------------------------------------------- scale
 
 PEOPLE, TRACKLETS, FRAMES = 8, 20, 23  # new people and tracklets in a video, images in a tracklet: LUPerson-NL's proportions
-LOOKS = 64  # ways in which people differ: some look alike
+LOOKS = 32  # ways in which people differ: some look alike
 AWAY = 150  # videos after which one person of each video returns
 
 

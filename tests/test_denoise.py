@@ -385,6 +385,8 @@ def test_the_space_is_safe_for_few_images_and_for_images_all_alike(N, d):
     (dict(tau=-0.1), "tau=-0.1"),
     (dict(sigma=np.nan), "sigma=nan"),
     (dict(window=8, stride=8), "ranges must overlap"),
+    (dict(window=1, stride=1), "ranges must overlap"),
+    (dict(window=0, stride=1), "ranges must overlap"),
     (dict(features=(7, np.nan)), "1 of 144 rows are zero or not finite, the first: row 7"),
     (dict(features=(7, 0.0)), "the first: row 7"),
     (dict(video=(5, np.nan)), "video of row 5 is nan: expected whole numbers from 0, which have an order"),
@@ -420,3 +422,107 @@ def test_tiny_inputs_work():
     levels = []
     assert D.denoise(opposite, [0, 0], [0, 0], [0, 1], 0.1, 0.2, returning=True, report=lambda *line: levels.append(line)).tolist() == [-1, -1]
     assert levels[-1][0] == "returning" and levels[-1][2] == (0.0, 0.0)  # nothing left after level 1
+
+
+def test_rows_of_later_chunks_are_named_by_their_number(monkeypatch):
+    features, video, track, frame, _ = people(np.random.default_rng(0))
+    features[100] = np.nan
+    monkeypatch.setattr(D, "slices", lambda f, slices=D.slices: slices(f, 480))
+    monkeypatch.setattr(D, "video_rows", lambda f, v, video_rows=D.video_rows: video_rows(f, v, 480))
+    for function in (lambda: D.denoise(features, video, track, frame, 0.2, 0.2), lambda: D.fit_space(features, video, track)):
+        with pytest.raises(ValueError, match="the first: row 100"):
+            function()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_level_3_ends_where_distances_are_exactly_tau(seed):
+    """Three images in a chain, each pair of neighbours at tau or beyond by the last bit, all three never consistent."""
+    random = np.random.default_rng(seed)
+    angle = random.uniform(0.6, 0.7)
+    turn = np.linalg.qr(random.standard_normal((3, 3)))[0]
+    features = (np.stack([np.cos([0, angle, 2 * angle]), np.sin([0, angle, 2 * angle]), np.zeros(3)], 1) @ turn).astype(np.float32)
+    tau, sigma = float(1 - features[0] @ features[1]), 1 - np.cos(angle * 0.6)
+    labels = D.cross_video(features, np.arange(3), np.arange(3), np.arange(3), sigma, tau, window=2, stride=1)
+    assert len(set(labels)) in (2, 3)
+    alike = np.repeat(random.standard_normal((1, 5)), 24, 0).astype(np.float16)
+    video, track = np.repeat(np.arange(6), 4), np.repeat(np.arange(12), 2)
+    assert D.denoise(alike, video, track, np.tile([0, 1], 12), *D.calibrate(alike, video, track, np.tile([0, 1], 12)), window=2, stride=1).min() >= 0
+
+
+def test_a_set_without_a_centroid_is_no_identity():
+    features, zero = np.array([[1.0, 0], [-1, 0]]), np.zeros(2, int)
+    assert D.denoise(features, zero, zero, np.arange(2), 0.1, 0.2).tolist() == [-1, -1]
+    assert D.denoise(features, zero, np.arange(2), np.arange(2), 0.1, 2.0, min_images=1).tolist() == [0, 1]
+    cross = np.concatenate([np.eye(2), -np.eye(2)])
+    assert D.trim(cross, 0.1).sum() <= 1 and not D.consistent(cross, np.arange(4), np.arange(4), 2.0)
+
+
+def test_one_tracklet_a_video_is_not_taken_for_a_background():
+    random = np.random.default_rng(0)
+    truth = np.repeat(np.arange(60) % 10, 10)
+    features = D.unit(D.unit(random.standard_normal((10, 32)))[truth] + 0.05 * random.standard_normal((600, 32)))
+    video, frame = np.repeat(np.arange(60), 10), np.tile(np.arange(10), 60)
+    placed = D.place(features, video, video, frame, D.fit_space(features, video, video))
+    labels = D.denoise(placed, video, video, frame, window=60, stride=1)
+    assert D.pairwise_scores(labels, truth)["f1"] == 1
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_calibration_equals_its_definition(together):
+    features, video, track, frame, _ = people(np.random.default_rng(3), n=5, videos=4, frames=7, d=6, spread=1.0)
+    frame = frame if together else frame + 100 * track
+    unit = lambda x: x / np.linalg.norm(x)
+    own, halves, pairs, centroids = [], [], [], []
+    for t in range(20):
+        x = features[track == t].astype(float)
+        own += [1 - x[i] @ unit(np.delete(x, i, 0).sum(0)) for i in range(7)]
+        halves.append(1 - unit(x[:3].sum(0)) @ unit(x[3:].sum(0)))
+        centroids.append(unit(x.sum(0)))
+    for a in range(20):
+        for b in range(a):
+            if not together or set(zip(video[track == a], frame[track == a])) & set(zip(video[track == b], frame[track == b])):
+                pairs.append(1 - centroids[a] @ centroids[b])
+    far = np.quantile(pairs, 0.15 if together else 0.5)
+    want = (np.quantile(own, 0.95) + far) / 2, (np.median(halves) + far) / 2
+    assert D.calibrate(features, video, track, frame) == pytest.approx(want, abs=1e-5)
+
+
+def test_thousands_of_identities_merge_and_are_measured_block_by_block():
+    random = np.random.default_rng(0)
+    one = D.unit(random.standard_normal((2500, 24)))
+    features = np.concatenate([one, D.unit(one + 1e-3 * random.standard_normal(one.shape))])
+    groups = D.merge(features, [np.array([n]) for n in range(5000)], np.arange(5000), 0.01, 0.01)
+    assert sorted(map(sorted, groups)) == [[n, n + 2500] for n in range(2500)]
+    assert D.noise(features, np.arange(5000), 0.01, 0.01) == (0.0, 1.0)
+    assert D.noise(features, np.arange(5000) % 2500, 0.01, 0.01) == (0.0, 0.0)
+
+
+def test_anomalies_join_the_nearest_identity_within_sigma_the_nearest_first():
+    angle = np.deg2rad([0, 0, 60, 60, 8, 12, 25, 35])
+    features = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+    labels, sigma = np.array([0, 0, 1, 1, -1, -1, -1, -1]), 1 - np.cos(np.deg2rad(20))
+    got = D.reallocate(features, labels, np.array([0, 1, 2, 3, 4, 4, 5, 6]), sigma)
+    assert got.tolist() == [0, 0, 1, 1, 0, -1, -1, -1]  # 8 degrees took the frame of 12; 25 and 35 are too far from both
+    assert D.reallocate(features, labels, np.arange(8), sigma).tolist() == [0, 0, 1, 1, 0, 0, -1, -1]
+    assert D.reallocate(features, labels, np.arange(8), 1 - np.cos(np.deg2rad(26))).tolist() == [0, 0, 1, 1, 0, 0, 0, 1]
+
+
+def test_options_of_denoise_reach_the_levels_and_reports_follow_the_rows_given(monkeypatch):
+    features, video, track, frame, truth = people(np.random.default_rng(0), switches=3)
+    score = lambda **options: D.pairwise_scores(D.denoise(features, video, track, frame, 0.4, 0.5, **options), truth)["f1"]
+    assert score() == 1 > score(split=False, recover=False)
+    assert (D.denoise(features, video, track, frame, 0.4, 0.5, min_images=9) == -1).all()  # tracklets have 8 images
+    order, levels = np.random.default_rng(1).permutation(len(track)), {}
+    D.denoise(features[order], video[order], track[order], frame[order], 0.4, 0.5, report=lambda level, labels, share: levels.update({level: labels}))
+    assert list(levels) == ["tracklets", "single tracklet", "single video", "cross video"]
+    assert partition(levels["tracklets"]) == partition(track[order])
+    assert (levels["cross video"] == D.denoise(features, video, track, frame, 0.4, 0.5)[order]).all()
+    far = dict(window=2, stride=1)  # the default window holds all three videos, this one does not; the second is of strangers
+    strangers = np.where((video == 1)[:, None], -features, features)
+    assert D.denoise(strangers, video, track, frame, 0.4, 0.5).max() < D.denoise(strangers, video, track, frame, 0.4, 0.5, **far).max()
+    blurred = D.unit(features + features.mean(0) * 3)
+    assert partition(D.split_switches(features, video, track, frame, 0.5)) != partition(D.split_switches(blurred, video, track, frame, 0.5))
+    cuts = []
+    monkeypatch.setattr(D, "single_tracklet", lambda f, v, t, *rest, level=D.single_tracklet: cuts.append(t) or level(f, v, t, *rest))
+    D.denoise(blurred, video, track, frame, 0.4, 0.5, cut_by=features)
+    assert (cuts[0] == D.split_switches(features, video, track, frame, 0.5)[np.lexsort((frame, track, video))]).all()
