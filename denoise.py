@@ -223,8 +223,8 @@ def place(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, spa
 # ---------------------------------------------------------------- noise
 
 
-def noise(features, labels: np.ndarray, sigma: float, tau: float, video: np.ndarray | None = None, window: int = 32,
-          stride: int = 16) -> tuple[float, float]:  # fmt: skip
+def noise(features, labels: np.ndarray, sigma: float, tau: float, video: np.ndarray | None = None, window: int = 16,
+          stride: int = 8) -> tuple[float, float]:  # fmt: skip
     """What of a labelling is noise (paper, section 3.1): share of images outside their identity's sphere of radius sigma, and
     share of identities with another identity's centroid closer than tau.
 
@@ -488,8 +488,8 @@ def ranges(labels: np.ndarray, video: np.ndarray, window: int, stride: int):
         yield here[here >= 0]
 
 
-def cross_video(features, labels: np.ndarray, video: np.ndarray, frame: np.ndarray, sigma: float, tau: float, window: int = 32,
-                stride: int = 16, cannot_link: bool = True) -> np.ndarray:  # fmt: skip
+def cross_video(features, labels: np.ndarray, video: np.ndarray, frame: np.ndarray, sigma: float, tau: float, window: int = 16,
+                stride: int = 8, cannot_link: bool = True) -> np.ndarray:  # fmt: skip
     """Level 3: people across videos, out of level 2's labels. Labels (N,).
 
     A range of `window` consecutive videos moves over all of them in steps of `stride`. A merge within a range links its
@@ -636,18 +636,18 @@ def check_index(video, track, frame, name=lambda i: f"row {i}") -> tuple[np.ndar
     return *out, None
 
 
-def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int = 2, window: int = 32, stride: int = 16,
-            split: bool = True, cannot_link: bool = True, recover: bool = True, returning: bool = False, cut_by=None, report=None) -> np.ndarray:  # fmt: skip
+def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int = 2, window: int = 16, stride: int = 8,
+            split: bool = True, cannot_link: bool = True, returning: bool = False, cut_by=None, report=None) -> np.ndarray:  # fmt: skip
     """Identities from tracklets: calibration and the three levels. Labels int64 (N,), 0..n-1, -1 for noise.
 
     features: (N, d), array or memory-mapped, any float type, normalised here; those of a network are worth far more after
     `place`. video, track, frame: integers (N,); the range slides over videos in the order of their numbers; a track number
     belongs to one video. sigma, tau: thresholds in [0, 2]; calibrated where None. split: cut identity switches before level 1,
-    found in the features `cut_by` (N, any) if given: such as are not smoothed over time, which blurs a switch.
-    returning: look for people who stay away for longer than a range, see `reunite`. report, if given, is called with
-    (level, labels, noise) before the first level and after each. The order of rows does not matter; in the order of video,
-    track and frame they are read without a copy. Raises ValueError for arrays of different lengths, features that are zero or
-    not finite, thresholds out of range, and what `check_index` refuses.
+    found in the features `cut_by` (N, any) if given: such as are not smoothed over time, which blurs a switch; without, level 2
+    recovers what it can of the other halves. returning: look for people who stay away for longer than a range, see `reunite`.
+    report, if given, is called with (level, labels, noise) before the first level and after each. The order of rows does not
+    matter; sorted by video, track and frame they are read fastest. Raises ValueError for arrays of different lengths, features
+    that are zero or not finite, thresholds out of range, and what `check_index` refuses.
     """
     features = features if hasattr(features, "shape") else np.asarray(features)
     if len(features.shape) != 2 or not len(features):
@@ -664,7 +664,7 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
     for part in slices(features):
         unit(features[part], part.start)  # raises for rows that are zero or not finite
     if order is not None:
-        labels, options = np.empty(len(order), np.int64), dict(split=split, cannot_link=cannot_link, recover=recover, returning=returning)
+        labels, options = np.empty(len(order), np.int64), dict(split=split, cannot_link=cannot_link, returning=returning)
         options["cut_by"] = None if cut_by is None else Rows(cut_by, order)
         back = (lambda level, found, share: report(level, found[np.argsort(order)], share)) if report else None
         labels[order] = denoise(Rows(features, order), video[order], track[order], frame[order], sigma, tau, min_images, window, stride, report=back, **options)
@@ -679,7 +679,7 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
         track = split_switches(features if cut_by is None else cut_by, video, track, frame, tau)
     labels = single_tracklet(features, video, track, sigma, min_images)
     tell("single tracklet", labels)
-    labels = single_video(features, labels, video, track, frame, sigma, tau, min_images, cannot_link, recover)
+    labels = single_video(features, labels, video, track, frame, sigma, tau, min_images, cannot_link, recover=not split)  # a cut has found the other half
     tell("single video", labels)
     labels = cross_video(features, labels, video, frame, sigma, tau, window, stride, cannot_link)
     if returning:
@@ -776,11 +776,11 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, help="intra-identity consistency (default: calibrated)")
     parser.add_argument("--tau", type=float, help="inter-identity discrimination (default: calibrated)")
     parser.add_argument("--min_images", type=int, default=2, help="a tracklet that keeps fewer dissolves")
-    parser.add_argument("--window", type=int, default=32, help="videos in the sliding range")
-    parser.add_argument("--stride", type=int, default=16, help="videos by which it moves")
+    parser.add_argument("--window", type=int, default=16, help="videos in the sliding range")
+    parser.add_argument("--stride", type=int, default=8, help="videos by which it moves")
     parser.add_argument("--smooth", type=int, default=1, help="images before and after that an image is averaged with")
     flags = {"center": "subtract each video's mean", "whiten": "divide out the covariance", "split": "cut identity switches",
-             "cannot_link": "tracklets of one frame are two people", "recover": "what is left of a tracklet may be another person"}  # fmt: skip
+             "cannot_link": "images of one frame are two people"}  # fmt: skip
     for name, text in flags.items():
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--returning", action="store_true", help="look for people who stay away for longer than a range")

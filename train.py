@@ -89,8 +89,8 @@ class Settings:
     sigma: float = -1.0  # intra-identity consistency, cosine distance in [0, 2]; negative: calibrated from the tracklets
     tau: float = -1.0  # inter-identity discrimination, likewise
     min_images: int = 2  # a tracklet that keeps fewer dissolves
-    window: int = 32  # videos in the sliding range
-    stride: int = 16  # videos by which it moves
+    window: int = 16  # videos in the sliding range
+    stride: int = 8  # videos by which it moves
     # this machine
     workers: int = 4  # processes that decode images, for each process that trains
     log_every: int = 20  # steps between log lines

@@ -207,9 +207,9 @@ def denoise(args) -> None:
         variants = {
             "all": {}, "no video means subtracted": dict(center=False), "all directions kept": dict(dull=9), "not whitened": dict(whiten=False), "neither": dict(center=False, whiten=False),
             "no smoothing": dict(smooth=0), "smoothing over 2 images each way": dict(smooth=2),
-            "cut where smoothed features switch": dict(sharp_cuts=False), "switches not cut": dict(split=False), "not cut, no recovery": dict(split=False, recover=False), "no recovery of the switched half": dict(recover=False),
+            "cut where smoothed features switch": dict(sharp_cuts=False), "not cut, the other half recovered": dict(split=False),
             "no cannot-link": dict(cannot_link=False), "min_images 1": dict(min_images=1), "min_images 4": dict(min_images=4), "min_images 6": dict(min_images=6),
-            "range of 8 videos": dict(window=8, stride=4), "range of 16": dict(window=16, stride=8), "range of all": dict(window=99, stride=1),
+            "range of 8 videos, not 16": dict(window=8, stride=4), "range of 32": dict(window=32, stride=16), "range of all": dict(window=99, stride=1),
             "looking for people who return": dict(returning=True), "range of 8, looking for people who return": dict(window=8, stride=4, returning=True),
         }  # fmt: skip
         rows = []

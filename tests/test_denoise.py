@@ -510,7 +510,7 @@ def test_anomalies_join_the_nearest_identity_within_sigma_the_nearest_first():
 def test_options_of_denoise_reach_the_levels_and_reports_follow_the_rows_given(monkeypatch):
     features, video, track, frame, truth = people(np.random.default_rng(0), switches=3)
     score = lambda **options: D.pairwise_scores(D.denoise(features, video, track, frame, 0.4, 0.5, **options), truth)["f1"]
-    assert score() == 1 > score(split=False, recover=False)
+    assert score() == 1 > score(split=False)
     assert (D.denoise(features, video, track, frame, 0.4, 0.5, min_images=9) == -1).all()  # tracklets have 8 images
     order, levels = np.random.default_rng(1).permutation(len(track)), {}
     D.denoise(features[order], video[order], track[order], frame[order], 0.4, 0.5, report=lambda level, labels, share: levels.update({level: labels}))
