@@ -119,6 +119,47 @@ def moments(video: np.ndarray, frame: np.ndarray) -> np.ndarray:
     return video * (frame.max(initial=0) + 1) + frame
 
 
+def check_index(video, track, frame, features=None, name=lambda i: f"row {i}") -> tuple:
+    """video, track, frame as int64 (N,), and the order that sorts them, None if they are sorted.
+
+    Raises ValueError, with the `name` of the image, for arrays of other lengths than the features (N, d), for what are not whole
+    numbers from 0 (videos must have an order for the range to slide over), a track in two videos, and two images of one track in
+    one frame."""
+    out = []
+    if features is not None and (len(features.shape) != 2 or not len(features)):
+        raise ValueError(f"features: expected (N, d) with N of 1 or more, got {features.shape}")
+    for kind, array in (("video", video), ("track", track), ("frame", frame)):
+        array = np.asarray(array)
+        if array.ndim != 1 or array.dtype.kind not in "iuf":
+            raise ValueError(f"{kind}: expected whole numbers (N,), got {array.dtype} {array.shape}")
+        if features is not None and len(array) != len(features):
+            raise ValueError(f"{kind} has {len(array)} rows, features have {len(features)}")
+        with np.errstate(invalid="ignore"):
+            whole = array.astype(np.int64, copy=False)
+        bad = np.flatnonzero((whole != array) | (whole < 0))
+        if len(bad):
+            raise ValueError(f"{kind} of {name(bad[0])} is {array[bad[0]]}: expected whole numbers from 0, which have an order")
+        out.append(whole)
+    same = [array[1:] == array[:-1] for array in out]
+    more = [array[1:] > array[:-1] for array in out]
+    if not (more[0] | same[0] & (more[1] | same[1] & (more[2] | same[2]))).all():
+        order = np.lexsort(out[::-1])
+        check_index(*(array[order] for array in out), name=lambda i: name(order[i]))
+        return *out, order
+    bad = np.flatnonzero(same[0] & same[1] & same[2])
+    if len(bad):
+        raise ValueError(f"{name(bad[0])} and {name(bad[0] + 1)} are of one track in one frame, where a tracker has one box; leave one out "
+                         f"(such pairs: {len(bad):,})")  # fmt: skip
+    start = np.flatnonzero(np.append(True, ~(same[0] & same[1])))  # of each track in each video
+    start = start[np.argsort(out[1][start], kind="stable")]
+    bad = np.flatnonzero(np.diff(out[1][start]) == 0)
+    if len(bad):
+        first, second = sorted(start[bad[0] : bad[0] + 2])
+        raise ValueError(f"{name(first)} and {name(second)} are both of track {out[1][first]}, but of two videos: numbers of tracks must be "
+                         f"unique over all videos (such tracks: {len(bad):,})")  # fmt: skip
+    return *out, None
+
+
 # ---------------------------------------------------------------- feature space
 
 
@@ -142,8 +183,9 @@ def fit_space(features, video: np.ndarray, track: np.ndarray, center: bool = Tru
     that few images or many dimensions do no harm; then leave out directions of which a share of `dull` or more varies within
     tracklets, since they say little about who it is, and all but the `most` telling ones.
     """
+    features = features if hasattr(features, "shape") else np.asarray(features)
+    video, track = map(dense, check_index(video, track, np.arange(len(video)), features)[:2])
     N, d = features.shape
-    video, track = dense(np.asarray(video)), dense(np.asarray(track))
     V, T = video.max() + 1, track.max() + 1
     if not center and not whiten:
         return Space(np.zeros(d, np.float32), np.float32(np.inf), np.eye(d, dtype=np.float32))
@@ -199,6 +241,8 @@ def place(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray, spa
     smooth: an image counts together with so many images before and after it in its tracklet, 0 for itself alone: one blurred
     or hidden moment says little about who it is. Works for later images too: their videos' means are their own.
     """
+    features = features if hasattr(features, "shape") else np.asarray(features)
+    video, track, frame, _ = check_index(video, track, frame, features)
     out = np.empty((len(video), space.matrix.shape[1]), np.float32) if out is None else out
     for rows in video_rows(features, video):
         rows = rows[np.lexsort((frame[rows], track[rows]))]
@@ -603,39 +647,6 @@ def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray,
     return tuple(float(np.clip((distance + far) / 2, TOLERANCE, 2)) for distance in (near, half))
 
 
-def check_index(video, track, frame, name=lambda i: f"row {i}") -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    """video, track, frame as int64 (N,), and the order that sorts them, None if they are sorted. Raises ValueError, with the
-    `name` of the image, for what are not whole numbers from 0 (videos must have an order for the range to slide over), a track
-    in two videos, and two images of one track in one frame."""
-    out = []
-    for kind, array in (("video", video), ("track", track), ("frame", frame)):
-        array = np.asarray(array)
-        if array.ndim != 1 or array.dtype.kind not in "iuf":
-            raise ValueError(f"{kind}: expected whole numbers (N,), got {array.dtype} {array.shape}")
-        with np.errstate(invalid="ignore"):
-            whole = array.astype(np.int64, copy=False)
-        bad = np.flatnonzero((whole != array) | (whole < 0))
-        if len(bad):
-            raise ValueError(f"{kind} of {name(bad[0])} is {array[bad[0]]}: expected whole numbers from 0, which have an order")
-        out.append(whole)
-    same = [array[1:] == array[:-1] for array in out]
-    more = [array[1:] > array[:-1] for array in out]
-    if not (more[0] | same[0] & (more[1] | same[1] & (more[2] | same[2]))).all():
-        order = np.lexsort(out[::-1])
-        check_index(*(array[order] for array in out), lambda i: name(order[i]))
-        return *out, order
-    bad = np.flatnonzero(same[0] & same[1] & same[2])
-    if len(bad):
-        raise ValueError(f"{name(bad[0])} and {name(bad[0] + 1)} are both of track {out[1][bad[0]]} in frame {out[2][bad[0]]}; {len(bad):,} such pairs")
-    start = np.flatnonzero(np.append(True, ~(same[0] & same[1])))  # of each track in each video
-    start = start[np.argsort(out[1][start], kind="stable")]
-    bad = np.flatnonzero(np.diff(out[1][start]) == 0)
-    if len(bad):
-        first, second = sorted(start[bad[0] : bad[0] + 2])
-        raise ValueError(f"{name(first)} and {name(second)} are both of track {out[1][first]}, but of two videos; {len(bad):,} such tracks")
-    return *out, None
-
-
 def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int = 2, window: int = 16, stride: int = 8,
             split: bool = True, cannot_link: bool = True, returning: bool = False, cut_by=None, report=None) -> np.ndarray:  # fmt: skip
     """Identities from tracklets: calibration and the three levels. Labels int64 (N,), 0..n-1, -1 for noise.
@@ -650,17 +661,12 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
     that are zero or not finite, thresholds out of range, and what `check_index` refuses.
     """
     features = features if hasattr(features, "shape") else np.asarray(features)
-    if len(features.shape) != 2 or not len(features):
-        raise ValueError(f"features: expected (N, d) with N of 1 or more, got {features.shape}")
-    for name, array in (("video", video), ("track", track), ("frame", frame)):
-        if len(array) != len(features):
-            raise ValueError(f"{name} has {len(array)} rows, features have {len(features)}")
     for name, value in (("sigma", sigma), ("tau", tau)):
         if value is not None and not 0 <= value <= 2:  # nan too
             raise ValueError(f"{name}={value}: a cosine distance lies in [0, 2]")
     if not 1 <= stride < window:
         raise ValueError(f"stride={stride}, window={window}: ranges must overlap, so 1 <= stride < window")
-    video, track, frame, order = check_index(video, track, frame)
+    video, track, frame, order = check_index(video, track, frame, features)
     for part in slices(features):
         unit(features[part], part.start)  # raises for rows that are zero or not finite
     if order is not None:
@@ -735,6 +741,8 @@ def denoise_tracklets(tracklets: Tracklets, features, scratch, truth: np.ndarray
                 line += f"   {scores['precision']:>9.3f}  {scores['recall']:>6.3f}  {scores['f1']:>5.3f}"
                 report.setdefault("f1_tracklets", scores["f1"])
                 report.update(scores)
+            report.setdefault("levels", []).append({"level": level, "identities": int(labels.max() + 1), "images_kept": int((labels >= 0).sum()),
+                                                    "noise_images": share[0], "noise_identities": share[1]} | (scores if truth is not None else {}))  # fmt: skip
             report.setdefault("noise_before", share)
             report.update(identities=int(labels.max() + 1), images_kept=int((labels >= 0).sum()), noise_after=share)
             print_line(line)
@@ -763,18 +771,17 @@ def show_identities(file, tracklets: Tracklets, labels: np.ndarray, people: int 
 
 def main() -> None:
     """Find the identities of a folder of tracklets with a network's features, and write them as an annotation JSON."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    default = "runs/walkers-r10ibn/last.pt"
-    parser.add_argument("--weights", default=default, help=f"checkpoint of a run, or backbone weights (default: {default})")
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--weights", help="checkpoint of a run, or backbone weights; runs/walkers-r10ibn/last.pt if neither is given")
     parser.add_argument("--features", help="features of any other encoder instead: a .npy file (N, d), a row for each line of --index")
-    parser.add_argument("--data", default="data/walkers", help="folder of tracklets (default: data/walkers)")
+    parser.add_argument("--data", default="data/walkers", help="folder of tracklets; its train/ where there is a test.json too")
     parser.add_argument("--index", action="store_true", help="print the images in the order of their rows, and stop")
     parser.add_argument("--out", default="identities.json", help="annotation to write; pictures and figures go beside it")
-    parser.add_argument("--arch", help="architecture (default: what the checkpoint says)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="input size (default: what the checkpoint says)")
+    parser.add_argument("--arch", help="architecture, if the checkpoint does not say")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="input size, if the checkpoint does not say")
     parser.add_argument("--workers", type=int, default=1, help="processes that decode images")
-    parser.add_argument("--sigma", type=float, help="intra-identity consistency (default: calibrated)")
-    parser.add_argument("--tau", type=float, help="inter-identity discrimination (default: calibrated)")
+    parser.add_argument("--sigma", type=float, help="intra-identity consistency, cosine distance in [0, 2]; calibrated if not given")
+    parser.add_argument("--tau", type=float, help="inter-identity discrimination, likewise")
     parser.add_argument("--min_images", type=int, default=2, help="a tracklet that keeps fewer dissolves")
     parser.add_argument("--window", type=int, default=16, help="videos in the sliding range")
     parser.add_argument("--stride", type=int, default=8, help="videos by which it moves")
@@ -792,6 +799,8 @@ def main() -> None:
     for file in written:
         if file.exists() and not args.index:
             raise ValueError(f"{file}: exists already; give another --out")
+    if args.features and args.weights:
+        raise ValueError("--features and --weights: give one of them")
     for flag in ("sigma", "tau"):
         if getattr(args, flag) is not None and not 0 <= getattr(args, flag) <= 2:
             raise ValueError(f"--{flag} {getattr(args, flag)}: a cosine distance lies in [0, 2]")
@@ -804,23 +813,26 @@ def main() -> None:
     tracklets = read_tracklets(train_folder)
     if args.index:
         return print("\n".join(map(tracklets.path, range(len(tracklets)))))
-    check_index(tracklets.video, tracklets.track, tracklets.frame, tracklets.path)
+    check_index(tracklets.video, tracklets.track, tracklets.frame, name=tracklets.path)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{train_folder}: {tracklets}", flush=True)
     truth = Path(args.data) / "train.json" if test_folder else None
     truth = read_labels(truth, tracklets) if truth and truth.exists() else None
     if args.features:
         try:
             features = np.load(args.features, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--features {args.features}: expected an array in NumPy's .npy format; {error}") from None
+        except (OSError, ValueError, EOFError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else "expected one array in NumPy's .npy format"
+            raise ValueError(f"--features {args.features}: {why}") from None
         if getattr(features, "ndim", 0) != 2 or len(features) != len(tracklets) or features.dtype.kind != "f":
-            raise ValueError(f"--features {args.features}: {getattr(features, 'dtype', '')} {getattr(features, 'shape', 'archive')}; expected float16 or float32 ({len(tracklets)}, d), "
+            raise ValueError(f"--features {args.features}: {getattr(features, 'dtype', 'an archive')} {getattr(features, 'shape', '')}; expected float16 or float32 ({len(tracklets)}, d), "
                              f"a row for each image of {train_folder} in the order of --index")  # fmt: skip
         for part in slices(features):
             unit(features[part], part.start)  # here a zero row is no unreadable image, but a mistake
     else:
         if "RANK" in os.environ:
             dist.init_process_group("gloo")  # processes only wait for each other
-        backbone, size, _ = load_backbone(args.weights, args.arch, args.size)
+        backbone, size, _ = load_backbone(args.weights or "runs/walkers-r10ibn/last.pt", args.arch, args.size)
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
         features = extract_to_file(out.parent, backbone.to(device), tracklets, size, device, args.workers)
         if dist.is_initialized():
@@ -828,7 +840,6 @@ def main() -> None:
             dist.destroy_process_group()
             if rank > 0:
                 return
-    print(f"{train_folder}: {tracklets}")
     names = ("sigma", "tau", "min_images", "window", "stride", "smooth", "returning", *flags)
     labels, report, space = denoise_tracklets(tracklets, features, out.with_suffix(".scratch"), truth, **{name: getattr(args, name) for name in names})
     write_labels(out, tracklets, labels)
@@ -845,3 +856,5 @@ if __name__ == "__main__":
         main()
     except ValueError as error:
         sys.exit(f"denoise.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("denoise.py: stopped; the same command goes on with the features that are there")

@@ -133,6 +133,8 @@ def extract_to_file(folder, backbone: nn.Module, tracklets: Tracklets, canvas: t
     part, done = file.with_suffix(".part"), file.with_suffix(".done")
     blocks = -(-len(tracklets) // batch)
     wait = dist.barrier if world_size > 1 else lambda: None
+    if rank == 0:
+        print(f"features: {f'found in {file}' if file.exists() else f'going on with {part}' if done.exists() else f'into {file}'}", flush=True)
     wait()
     if not file.exists():
         if rank == 0 and not (part.exists() and done.exists()):
@@ -157,8 +159,8 @@ def extract_to_file(folder, backbone: nn.Module, tracklets: Tracklets, canvas: t
         del features
         wait()
         if rank == 0:
-            os.replace(part, file)
             done.unlink()
+            os.replace(part, file)
         wait()
     return np.load(file, mmap_mode="r")
 

@@ -465,7 +465,7 @@ def main() -> None:
     if given is not None:
         plan_epochs(given, s, s.K, s.epochs)  # fails here where identities fill no batch
     else:
-        check_index(tracklets.video, tracklets.track, tracklets.frame, tracklets.path)
+        check_index(tracklets.video, tracklets.track, tracklets.frame, name=tracklets.path)
         if not s.weights:
             plan_epochs(tracklets.track, s, s.tracklet_K, s.tracklet_epochs)
 

@@ -391,8 +391,8 @@ def test_the_space_is_safe_for_few_images_and_for_images_all_alike(N, d):
     (dict(features=(7, 0.0)), "the first: row 7"),
     (dict(video=(5, np.nan)), "video of row 5 is nan: expected whole numbers from 0, which have an order"),
     (dict(video=(5, 0.5)), "video of row 5 is 0.5"),
-    (dict(frame=(9, 0)), r"row 8 and row 9 are both of track 1 in frame 0; 1 such"),
-    (dict(video=(9, 2)), "row 8 and row 9 are both of track 1, but of two videos; 1 such"),
+    (dict(frame=(9, 0)), r"row 8 and row 9 are of one track in one frame.* \(such pairs: 1\)"),
+    (dict(video=(9, 2)), r"row 8 and row 9 are both of track 1, but of two videos.* \(such tracks: 1\)"),
     (dict(track=(9, -1)), "track of row 9 is -1.0: expected whole numbers from 0"),
     (dict(track=np.array(["a"] * 144)), "track: expected whole numbers"),
 ])  # fmt: skip
@@ -408,6 +408,12 @@ def test_wrong_input_is_named(change, message):
             arguments[name] = value
     with pytest.raises(ValueError, match=message):
         D.denoise(**arguments)
+    if not {"sigma", "tau", "window"} & set(change) and not (isinstance(change.get("frame"), tuple)):
+        arrays = [arguments[name] for name in ("features", "video", "track")]
+        with pytest.raises(ValueError, match=message):
+            D.fit_space(*arrays)
+        with pytest.raises(ValueError, match=message):
+            D.place(*arrays, arguments["frame"], D.Space(np.zeros(48, np.float32), np.float32(1), np.eye(48, dtype=np.float32)))
 
 
 def test_tiny_inputs_work():

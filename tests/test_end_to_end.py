@@ -94,7 +94,7 @@ def test_denoise_takes_features_from_anywhere_and_other_thresholds_without_extra
     (file,) = tmp_path.glob("features-*.npy")
     stamp = file.stat().st_mtime_ns
     output = run(tmp_path, *flags, "--out", "b.json", "--sigma", 0.4, "--tau", 0.3)
-    assert "sigma 0.400, tau 0.300" in output and file.stat().st_mtime_ns == stamp
+    assert f"features: found in {file.name}" in output and "sigma 0.400, tau 0.300" in output and file.stat().st_mtime_ns == stamp
     t = data.read_tracklets(walkers / "train")
     assert run(tmp_path, "denoise.py", "--data", walkers, "--index").split() == [t.path(i) for i in range(len(t))]
     features = np.load(file).astype(np.float32) * 3
@@ -109,6 +109,11 @@ def test_denoise_takes_features_from_anywhere_and_other_thresholds_without_extra
     features[7] = np.nan
     np.save(tmp_path / "nan.npy", features)
     assert "not finite, the first: row 7" in run(tmp_path, *flags[:3], "--features", "nan.npy", "--out", "d.json", fails=True)
+    (tmp_path / "text.npy").write_text("0.1 0.2")
+    assert "expected one array in NumPy's .npy format" in run(tmp_path, *flags[:3], "--features", "text.npy", "--out", "d.json", fails=True)
+    features[7] = 0
+    np.save(tmp_path / "zero.npy", features)
+    assert "zero or not finite, the first: row 7" in run(tmp_path, *flags[:3], "--features", "zero.npy", "--out", "d.json", fails=True)
     assert not list(tmp_path.glob("d.*")) and not list(tmp_path.glob("*scratch*")) and not list(tmp_path.glob(".*"))
     two = tmp_path / "two"
     two.mkdir()
