@@ -642,8 +642,9 @@ def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray,
     near = float(np.quantile(own, 0.95)) if len(own) else 0.0
     half = float(np.median(halves)) if len(halves) else near
     if say:
+        pairs = "85% of tracklets seen together" if together else "no tracklets seen together; half of all pairs"
         say(f"95% of images lie within {near:.3f} of the rest of their tracklet, halves of a tracklet {half:.3f} apart (median), "
-            f"{'85% of tracklets seen together' if together else 'no tracklets seen together; half of all pairs'} {far:.3f} or more")  # fmt: skip
+            f"{pairs} {far:.3f} or more")  # fmt: skip
     return tuple(float(np.clip((distance + far) / 2, TOLERANCE, 2)) for distance in (near, half))
 
 
@@ -670,10 +671,13 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
     for part in slices(features):
         unit(features[part], part.start)  # raises for rows that are zero or not finite
     if order is not None:
-        labels, options = np.empty(len(order), np.int64), dict(split=split, cannot_link=cannot_link, returning=returning)
-        options["cut_by"] = None if cut_by is None else Rows(cut_by, order)
+        labels = np.empty(len(order), np.int64)
+        cut_by = None if cut_by is None else Rows(cut_by, order)
         back = (lambda level, found, share: report(level, found[np.argsort(order)], share)) if report else None
-        labels[order] = denoise(Rows(features, order), video[order], track[order], frame[order], sigma, tau, min_images, window, stride, report=back, **options)
+        labels[order] = denoise(
+            Rows(features, order), video[order], track[order], frame[order], sigma, tau, min_images, window, stride,
+            split, cannot_link, returning, cut_by, back,
+        )  # fmt: skip
         return labels
     video, track = dense(video), dense(track)
     if sigma is None or tau is None:
@@ -685,7 +689,8 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
         track = split_switches(features if cut_by is None else cut_by, video, track, frame, tau)
     labels = single_tracklet(features, video, track, sigma, min_images)
     tell("single tracklet", labels)
-    labels = single_video(features, labels, video, track, frame, sigma, tau, min_images, cannot_link, recover=not split)  # a cut has found the other half
+    # a cut has found the other half of a switch already
+    labels = single_video(features, labels, video, track, frame, sigma, tau, min_images, cannot_link, recover=not split)
     tell("single video", labels)
     labels = cross_video(features, labels, video, frame, sigma, tau, window, stride, cannot_link)
     if returning:
@@ -707,7 +712,7 @@ def denoise_tracklets(tracklets: Tracklets, features, scratch, truth: np.ndarray
     """
     if len(features) != len(tracklets) or features.ndim != 2:
         raise ValueError(f"features are {features.shape}, the index has {len(tracklets):,} images: expected a row for each")
-    clock, report, full = time.time(), {}, np.full(len(tracklets), -1)
+    clock, levels, full = time.time(), [], np.full(len(tracklets), -1)
     rows = []
     for part in slices(features):
         x = np.asarray(features[part], np.float32)
@@ -729,25 +734,27 @@ def denoise_tracklets(tracklets: Tracklets, features, scratch, truth: np.ndarray
         place(features, video, track, frame, space, smooth, placed)
         chosen = calibrate(placed, video, track, frame, print_line)
         sigma, tau = chosen[0] if sigma is None else sigma, chosen[1] if tau is None else tau
-        print_line(f"sigma {sigma:.3f}, tau {tau:.3f} (calibrated: {chosen[0]:.3f}, {chosen[1]:.3f}) in {placed.shape[1]} dimensions of {space.matrix.shape[0]}")
+        print_line(f"sigma {sigma:.3f}, tau {tau:.3f} (calibrated: {chosen[0]:.3f}, {chosen[1]:.3f}) in "
+                   f"{placed.shape[1]} dimensions of {space.matrix.shape[0]}")  # fmt: skip
         header = f"{'level':<16} identities  images kept   noise: images  identities"
         print_line(header + ("   precision  recall     F1" if truth is not None else ""))
 
         def tell(level, labels, share):
             full[rows] = labels
-            line = f"{level:<16} {len(np.unique(labels[labels >= 0])):>10,}  {(labels >= 0).sum():>11,}  {share[0]:>14.1%}  {share[1]:>10.1%}"
+            figures = {"level": level, "identities": int(labels.max() + 1), "images_kept": int((labels >= 0).sum()),
+                       "noise_images": share[0], "noise_identities": share[1]}  # fmt: skip
+            line = "{level:<16} {identities:>10,}  {images_kept:>11,}  {noise_images:>14.1%}  {noise_identities:>10.1%}"
             if truth is not None:
-                scores = pairwise_scores(full, truth)
-                line += f"   {scores['precision']:>9.3f}  {scores['recall']:>6.3f}  {scores['f1']:>5.3f}"
-                report.setdefault("f1_tracklets", scores["f1"])
-                report.update(scores)
-            report.setdefault("levels", []).append({"level": level, "identities": int(labels.max() + 1), "images_kept": int((labels >= 0).sum()),
-                                                    "noise_images": share[0], "noise_identities": share[1]} | (scores if truth is not None else {}))  # fmt: skip
-            report.setdefault("noise_before", share)
-            report.update(identities=int(labels.max() + 1), images_kept=int((labels >= 0).sum()), noise_after=share)
-            print_line(line)
+                figures |= pairwise_scores(full, truth)
+                line += "   {precision:>9.3f}  {recall:>6.3f}  {f1:>5.3f}"
+            levels.append(figures)
+            print_line(line.format(**figures))
 
         denoise(placed, video, track, frame, sigma, tau, cut_by=sharp, report=tell, **options)
+    noise_of = lambda figures: (figures["noise_images"], figures["noise_identities"])
+    report = levels[-1] | {"noise_before": noise_of(levels[0]), "noise_after": noise_of(levels[-1]), "levels": levels}
+    if truth is not None:
+        report["f1_tracklets"] = levels[0]["f1"]
     for name, values in (("tracklets", tracklets.track), ("videos", tracklets.video)):
         both = np.unique(np.stack([full[full >= 0], values[full >= 0]]), axis=1)
         report[f"{name}_per_identity"] = both.shape[1] / max(1, report["identities"])
@@ -825,7 +832,8 @@ def main() -> None:
             why = error.strerror if isinstance(error, OSError) and error.strerror else "expected one array in NumPy's .npy format"
             raise ValueError(f"--features {args.features}: {why}") from None
         if getattr(features, "ndim", 0) != 2 or len(features) != len(tracklets) or features.dtype.kind != "f":
-            raise ValueError(f"--features {args.features}: {getattr(features, 'dtype', 'an archive')} {getattr(features, 'shape', '')}; expected float16 or float32 ({len(tracklets)}, d), "
+            found = f"{getattr(features, 'dtype', 'an archive')} {getattr(features, 'shape', '')}"
+            raise ValueError(f"--features {args.features}: {found}; expected float16 or float32 ({len(tracklets)}, d), "
                              f"a row for each image of {train_folder} in the order of --index")  # fmt: skip
         for part in slices(features):
             unit(features[part], part.start)  # here a zero row is no unreadable image, but a mistake
@@ -841,7 +849,8 @@ def main() -> None:
             if rank > 0:
                 return
     names = ("sigma", "tau", "min_images", "window", "stride", "smooth", "returning", *flags)
-    labels, report, space = denoise_tracklets(tracklets, features, out.with_suffix(".scratch"), truth, **{name: getattr(args, name) for name in names})
+    options = {name: getattr(args, name) for name in names}
+    labels, report, space = denoise_tracklets(tracklets, features, out.with_suffix(".scratch"), truth, **options)
     write_labels(out, tracklets, labels)
     with replacing(written[1]) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")

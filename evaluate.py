@@ -122,8 +122,9 @@ def extract(backbone: nn.Module, tracklets: Tracklets, canvas: tuple[int, int], 
 def extract_to_file(folder, backbone: nn.Module, tracklets: Tracklets, canvas: tuple[int, int], device, workers: int = 0,
                     batch: int = 256, save_every: float = 30) -> np.ndarray:  # fmt: skip
     """Features as `extract`'s, float16 (N, embed_dim), memory-mapped from folder/features-<key>.npy; the key stands for weights
-    and names of images (after changing images under their names, delete it). What is there is not computed again, and a run that was killed goes on where it was, on any number of processes
-    (which share the folder): blocks of `batch` images are ticked off in features-<key>.done, every `save_every` seconds.
+    and names of images (after changing images under their names, delete it). What is there is not computed again, and a run that
+    was killed goes on where it was, on any number of processes (which share the folder): blocks of `batch` images are ticked off
+    in features-<key>.done, every `save_every` seconds.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     key = hashlib.sha256(repr((str(tracklets.root.resolve()), tracklets.folders, canvas, batch)).encode())
