@@ -1,6 +1,6 @@
 """Measures, and asserts nothing. Every command prints tables in Markdown, and says what it needs.
 
-    python tests/benchmark.py denoise     # quality against other clusterings, calibration, what each part is worth; 30 min the first time
+    python tests/benchmark.py denoise     # quality against other clusterings, calibration, what each part is worth; an hour the first time
     python tests/benchmark.py scale       # time and memory from ten thousand images up, effect of the range's width; 10 min
 
 Read first: `denoise`, `scale`, `draw_video`.
