@@ -549,9 +549,10 @@ def cross_video(features, labels: np.ndarray, video: np.ndarray, frame: np.ndarr
         identities, links = group_rows(labels), []
         for here in ranges(labels, video, window, stride) if fresh.any() else ():
             if fresh[here].any():
-                for group in merge(features, [identities[n] for n in here], *rule, sums[here], fresh[here]):
-                    links.append(np.stack([here[group[:-1]], here[group[1:]]], 1))  # the first two that merged are neighbours
-        if not sum(map(len, links)):
+                groups = merge(features, [identities[n] for n in here], *rule, sums[here], fresh[here])
+                # a chain links each group; the first two that merged are neighbours in it
+                links += [np.stack([here[group[:-1]], here[group[1:]]], 1) for group in groups if len(group) > 1]
+        if not links:
             return labels
         labels, fresh, sums = follow(features, labels, identities, sums, np.unique(np.concatenate(links), axis=0), *rule)
 
