@@ -215,7 +215,7 @@ def fit_space(features, video: np.ndarray, track: np.ndarray, center: bool = Tru
             cross = s.T @ shrunk
             total -= (cross + cross.T - (shrunk * count[part, None]).T @ shrunk) / N
         trace, trace2 = max(np.trace(total), 1e-9), (total**2).sum()
-        towards = np.clip(((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * max(trace2 - trace**2 / d, 1e-30)), 0, 1)
+        towards = np.clip(((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * max(trace2 - trace**2 / d, 1e-30) + 1e-30), 0, 1)
         values, vectors = np.linalg.eigh((1 - towards) * total + towards * trace / d * np.eye(d))
         matrix = vectors / np.sqrt(values.clip(1e-9 * trace / d))
         share, directions = np.linalg.eigh(matrix.T @ (second - between) @ matrix / max(1, N - T))  # of the variance within tracklets
@@ -427,9 +427,9 @@ def merge(features, identities: list[np.ndarray], moment: np.ndarray, sigma: flo
         dot, lengths = np.einsum("nd,nd->n", sums[a], sums[b]), np.sqrt(square[a] * square[b])
         union = np.sqrt(np.maximum(square[a] + square[b] + 2 * dot, 0))
         mean = np.minimum((square[a] + dot) / size[a], (square[b] + dot) / size[b])  # product of a part's members with the union's sum
-        for k in np.flatnonzero((dot > (1 - tau) * lengths) & (mean >= (1 - sigma - TOLERANCE) * union)).tolist():
-            i, j = int(a[k]), int(b[k])
-            heapq.heappush(heap, (float(1 - dot[k] / lengths[k]), i, j, age[i], age[j]))
+        keep = (dot > (1 - tau) * lengths) & (mean >= (1 - sigma - TOLERANCE) * union)
+        for distance, i, j in zip((1 - dot[keep] / lengths[keep]).tolist(), a[keep].tolist(), b[keep].tolist()):
+            heapq.heappush(heap, (distance, i, j, age[i], age[j]))
 
     block = max(1, 2**24 // n)
     if near is None:
