@@ -321,7 +321,7 @@ def literal_space(features, video, track, dull=0.9):
     trace, trace2 = np.trace(total), (total**2).sum()
     shrink = min(1, ((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * (trace2 - trace**2 / d)))
     values, vectors = np.linalg.eigh((1 - shrink) * total + shrink * trace / d * np.eye(d))
-    white = centred @ vectors / np.sqrt(values)
+    white = (centred @ vectors / np.sqrt(values))[:, -(T // 2) :]
     residual = white - np.stack([white[track == t].mean(0) for t in range(T)])[track]
     share, directions = np.linalg.eigh(residual.T @ residual / (N - T))
     return D.unit(white @ directions[:, share < dull]), prior
@@ -347,6 +347,15 @@ def test_the_space_equals_its_definition_and_takes_out_what_a_video_shares(monke
     assert np.abs(again @ again.T - placed @ placed.T).max() < 1e-3
     late = video == 5  # a video that comes later gets the same place in the stored space
     assert np.abs(D.place(stained[late], video[late], track[late], frame[late], space, smooth=0) - placed[late]).max() < 1e-5
+
+
+def test_more_dimensions_than_tracklets_do_not_tell_apart_what_belongs_together():
+    """With as many directions as tracklets there are some in which every tracklet is alone; they must not be chosen."""
+    random = np.random.default_rng(0)
+    features, video, track, frame, truth = people(random, n=12, videos=12, frames=10, d=300, spread=1.0)
+    features = D.unit(features + 0.3 / np.sqrt(300) * random.standard_normal((144, 300))[track])  # each tracklet has a way of its own
+    placed = D.place(features, video, track, frame, D.fit_space(features, video, track))
+    assert D.pairwise_scores(D.denoise(placed, video, track, frame, window=12, stride=1), truth)["f1"] > 0.9
 
 
 def test_the_video_prior_follows_the_data():
