@@ -181,8 +181,8 @@ def fit_space(features, video: np.ndarray, track: np.ndarray, center: bool = Tru
     tracklets within videos over that of videos (empirical Bayes); with one tracklet a video, the two cannot be told apart.
     whiten: divide out the covariance, shrunk towards a sphere by the oracle approximating coefficient (Chen et al., 2010), so
     that few images or many dimensions do no harm; then leave out directions of which a share of `dull` or more varies within
-    tracklets, since they say little about who it is, and all but the `most` telling ones. These are sought among the T/2
-    principal directions for T tracklets: among more, some would tell every tracklet from every other, of the same person too.
+    tracklets, since they say little about who it is, and all but the `most` telling ones. With more dimensions than
+    tracklets, T, they are sought among the T/2 principal directions: among all, some would tell each tracklet from every other.
     """
     features = features if hasattr(features, "shape") else np.asarray(features)
     video, track = map(dense, check_index(video, track, np.arange(len(video)), features)[:2])
@@ -219,7 +219,8 @@ def fit_space(features, video: np.ndarray, track: np.ndarray, center: bool = Tru
         towards = np.clip(((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * max(trace2 - trace**2 / d, 1e-30) + 1e-30), 0, 1)
         values, vectors = np.linalg.eigh((1 - towards) * total + towards * trace / d * np.eye(d))
         matrix = vectors / np.sqrt(values.clip(1e-9 * trace / d))
-        matrix = matrix[:, -max(2, T // 2) :]  # eigh's order is ascending: the directions of largest variance
+        if d > T:
+            matrix = matrix[:, -max(2, T // 2) :]  # eigh's order is ascending: the directions of largest variance
         share, directions = np.linalg.eigh(matrix.T @ (second - between) @ matrix / max(1, N - T))  # of the variance within tracklets
         telling = np.flatnonzero(share < dull)[:most]
         matrix = matrix @ directions[:, telling if len(telling) > 1 else slice(most)]

@@ -321,7 +321,7 @@ def literal_space(features, video, track, dull=0.9):
     trace, trace2 = np.trace(total), (total**2).sum()
     shrink = min(1, ((1 - 2 / d) * trace2 + trace**2) / ((N + 1 - 2 / d) * (trace2 - trace**2 / d)))
     values, vectors = np.linalg.eigh((1 - shrink) * total + shrink * trace / d * np.eye(d))
-    white = (centred @ vectors / np.sqrt(values))[:, -(T // 2) :]
+    white = centred @ vectors / np.sqrt(values)
     residual = white - np.stack([white[track == t].mean(0) for t in range(T)])[track]
     share, directions = np.linalg.eigh(residual.T @ residual / (N - T))
     return D.unit(white @ directions[:, share < dull]), prior
