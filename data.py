@@ -236,22 +236,30 @@ def sample_identities(labels: np.ndarray, K: int, batch: int, seed: int, epoch: 
     takes columns r * batch/w to (r + 1) * batch/w, so identities are not split and the union is the same for any w.
     Images with label -1 are left out. Raises ValueError where K does not divide the batch or the identities fill no batch.
     """
-    if batch % K:
-        raise ValueError(f"a batch of {batch} images cannot hold K={K} of each identity; K must divide it")
+    steps = count_steps(labels, K, batch)
     random = np.random.default_rng([seed, epoch])
     images = np.flatnonzero(labels >= 0)
-    images = images[np.lexsort((random.random(len(images)), labels[images]))]  # by identity, shuffled within
+    images = images[random.permutation(len(images))]
+    images = images[np.argsort(labels[images], kind="stable")]  # by identity, shuffled within
     _, start, count = np.unique(labels[images], return_index=True, return_counts=True)
     groups = np.maximum(count // K, 1)
     which = np.repeat(np.arange(len(count)), groups)  # the identity of each group
     nth = np.arange(len(which)) - np.repeat(np.cumsum(groups) - groups, groups)  # its number within the identity
     slot = (nth[:, None] * K + np.arange(K)) % count[which, None]  # (groups, K), wraps around for short identities
     table = images[start[which, None] + slot]
-    steps = len(table) * K // batch
-    if steps == 0:
-        raise ValueError(f"{len(count):,} identities give {len(table):,} groups of K={K}, fewer than the {batch // K} of one batch; "
-                         "a smaller --batch, or --recipe demo, needs fewer")  # fmt: skip
     return random.permutation(table)[: steps * batch // K].reshape(steps, batch)
+
+
+def count_steps(labels: np.ndarray, K: int, batch: int) -> int:
+    """Steps of an epoch of `sample_identities`. Raises ValueError where K does not divide the batch or identities fill no batch."""
+    if batch % K:
+        raise ValueError(f"a batch of {batch} images cannot hold K={K} of each identity; K must divide it")
+    count = np.unique(labels[labels >= 0], return_counts=True)[1]
+    groups = int(np.maximum(count // K, 1).sum())
+    if groups * K < batch:
+        raise ValueError(f"{len(count):,} identities give {groups:,} groups of K={K}, fewer than the {batch // K} of one batch; "
+                         "a smaller --batch, or --recipe demo, needs fewer")  # fmt: skip
+    return groups * K // batch
 
 
 # ---------------------------------------------------------------- walkers: drawn people whose identities are known

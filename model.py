@@ -199,9 +199,9 @@ class ViT(nn.Module):
 
 
 class Head(nn.Module):
-    """Projection head of DINO (Caron et al., ICCV 2021): features (B, embed_dim) -> prototype logits (B, D).
+    """Projection head of DINO (Caron et al., ICCV 2021): features (B, embed_dim) -> z (B, bottleneck), prototypes (D, bottleneck).
 
-    The last layer is a cosine: unit-length bottleneck times unit-length prototypes (weight norm with its gain fixed at 1).
+    Both have unit length, and z @ prototypes.T are the logits: a last layer with weight norm, its gain fixed at 1.
     `batch_norm` puts a batch norm without affine before the L2 norm; without it a short run on few images stays at the
     uniform output.
     """
@@ -219,9 +219,8 @@ class Head(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, features: Tensor) -> Tensor:
-        x = F.normalize(self.mlp(features), dim=-1)
-        return F.linear(x, F.normalize(self.last_layer.weight, dim=-1))
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return F.normalize(self.mlp(features), dim=-1), F.normalize(self.last_layer.weight, dim=-1)
 
 
 ARCHITECTURES = {
@@ -308,7 +307,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in th
 def normalize(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] -> zero mean, unit variance over ImageNet."""
     mean, std = images.new_tensor(MEAN), images.new_tensor(STD)
-    return (images - mean[:, None, None]) / std[:, None, None]
+    return (images - mean[:, None, None]).div_(std[:, None, None])
 
 
 def main() -> None:

@@ -15,9 +15,12 @@ import re
 import signal
 import sys
 import time
+import zipfile
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +29,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (
-    Images, check_readable, draw_walkers, find_splits, load_batches, read_labels, read_tracklets, refuse_unreadable, replace_unreadable,
+    Images, check_readable, count_steps, draw_walkers, find_splits, load_batches, read_labels, read_tracklets, refuse_unreadable, replace_unreadable,
     replacing, sample_identities, write_labels,
 )  # fmt: skip
 from denoise import check_index, denoise_tracklets, show_identities
 from distill import (
-    Network, Views, all_reduce, make_views, matching_loss, show_views, sinkhorn, teacher_entropy, update_center, update_teacher,
+    Network, Views, all_reduce, collapse, gauge, make_views, matching_loss, show_views, sinkhorn, update_center, update_teacher,
 )  # fmt: skip
 from evaluate import evaluate_features, extract, extract_to_file, show_retrieval
 from model import Head, build, load_weights
@@ -62,7 +65,8 @@ class Settings:
     blur_sigma: float = 2.0  # largest sigma of the blur, pixels
     solarize: float = 0.2  # probability on the second global view
     # batches and phases
-    batch: int = 960  # images over all processes
+    batch: int = 960  # images of a step, over all processes
+    accumulate: int = 1  # parts in which each process takes its share of a batch, for less memory
     K: tuple[int, ...] = (2, 4, 6, 8)  # stage 2: images of each identity in a batch, phase by phase
     epochs: tuple[int, ...] = (40, 20, 20, 20)  # stage 2: epochs of each phase
     tracklet_K: tuple[int, ...] = (2,)  # stage 1: the same
@@ -75,7 +79,7 @@ class Settings:
     head_norm: bool = False  # batch norm (no affine) before the head's L2 norm
     centering: str = "ema"  # what keeps the teacher from collapsing: ema (running center) or sinkhorn
     student_temp: float = 0.1  # softmax temperature
-    teacher_temp: float = 0.04  # softmax temperature; lower is sharper
+    teacher_temp: tuple[float, float] = (0.04, 0.04)  # softmax temperature, first step and after the warm-up; lower is sharper
     # optimiser
     lr: float = 5e-4  # AdamW, for 256 images; scaled by batch / 256
     min_lr: float = 1e-6  # at the end of the cosine
@@ -92,6 +96,8 @@ class Settings:
     window: int = 16  # videos in the sliding range
     stride: int = 8  # videos by which it moves
     # this machine
+    precision: str = "auto"  # of the networks: float32, bfloat16, float16; auto: the GPU's best half, float32 on a CPU
+    compile: bool = False  # torch.compile the networks: minutes at the start, faster steps
     workers: int = 4  # processes that decode images, for each process that trains
     log_every: int = 20  # steps between log lines
     save_every: int = 500  # steps between checkpoints; one is written at the end of each epoch too
@@ -145,10 +151,11 @@ def check_settings(s: Settings) -> None:
         if min(Ks) < 1 or min(epochs) < 0:
             raise ValueError(f"--{stage}K {Ks} --{stage}epochs {epochs}: expected K of 1 and more, epochs of 0 and more")
         for K in Ks:
-            if s.batch % K:
-                raise ValueError(f"--batch {s.batch} is not divisible by K={K}: a batch holds K images of each of its identities")
-    if s.centering not in ("ema", "sinkhorn"):
-        raise ValueError(f"--centering {s.centering}: expected ema or sinkhorn")
+            if s.batch % (K * s.accumulate):
+                raise ValueError(f"--batch {s.batch} in {s.accumulate} parts is not divisible by K={K}: each holds K images of each of its identities")
+    for flag, known in (("centering", ("ema", "sinkhorn")), ("precision", ("auto", "float32", "bfloat16", "float16"))):
+        if getattr(s, flag) not in known:
+            raise ValueError(f"--{flag} {getattr(s, flag)}: expected {', '.join(known[:-1])} or {known[-1]}")
     if s.canvas[0] < s.size[0] or s.canvas[1] < s.size[1]:
         raise ValueError(f"--canvas {s.canvas} is smaller than --size {s.size}")
     for flag in ("size", "local_size"):
@@ -157,8 +164,8 @@ def check_settings(s: Settings) -> None:
     for flag in ("sigma", "tau"):
         if not getattr(s, flag) <= 2:
             raise ValueError(f"--{flag} {getattr(s, flag)}: a cosine distance lies in [0, 2]")
-    for flag in ("batch", "prototypes", "hidden", "bottleneck", "student_temp", "teacher_temp", "min_images", "log_every", "save_every"):
-        if not getattr(s, flag) > 0:
+    for flag in ("batch", "accumulate", "prototypes", "hidden", "bottleneck", "student_temp", "teacher_temp", "min_images", "log_every", "save_every"):
+        if not np.all(np.array(getattr(s, flag)) > 0):
             raise ValueError(f"--{flag} {getattr(s, flag)}: expected a number above 0")
     for flag in ("lr", "seed", "workers", "local_crops", "freeze_last", "epoch_steps"):
         if not getattr(s, flag) >= 0:
@@ -185,15 +192,31 @@ def cosine(step: int, total: int, start: float, end: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * step / max(total, 1))) / 2
 
 
-def learning_rate(step: int, total: int, warmup: int, peak: float, end: float) -> float:
-    """Rises linearly to `peak` over the warm-up, then falls as a cosine to `end` at step `total`."""
-    return peak * (step + 1) / warmup if step < warmup else cosine(step - warmup, total - warmup, peak, end)
+class Schedule(NamedTuple):
+    """What changes from step to step."""
+
+    lr: float
+    weight_decay: float
+    ema: float
+    teacher_temp: float
+
+
+def schedule(s: Settings, step: int, total: int) -> Schedule:
+    """The values at a step, 0 to total - 1, of a stage: total counts the steps of all its phases."""
+    warmup, peak = max(1, round(s.warmup * total)), s.lr * s.batch / 256
+    first, last = s.teacher_temp
+    return Schedule(
+        lr=peak * (step + 1) / warmup if step < warmup else cosine(step - warmup, total - warmup, peak, s.min_lr),
+        weight_decay=cosine(step, total, *s.weight_decay),
+        ema=cosine(step, total, *s.ema),
+        teacher_temp=first + (last - first) * min(1, step / warmup),
+    )
 
 
 def plan_epochs(labels: np.ndarray, s: Settings, Ks, epochs) -> list[tuple[int, int]]:
     """(K, steps) of every epoch of a stage. The schedules run over their sum: steps per epoch change with K, and laying them
     out for the first K, as the released code does, runs off their end."""
-    steps = {K: min(len(sample_identities(labels, K, s.batch, s.seed, 0)), s.epoch_steps or 10**9) for K in Ks}
+    steps = {K: min(count_steps(labels, K, s.batch), s.epoch_steps or 10**9) for K in Ks}
     return [(K, steps[K]) for K, n in zip(Ks, epochs) for _ in range(n)]
 
 
@@ -209,6 +232,7 @@ class Run:
         self.folder = Path("runs") / settings.name
         self.stage, self.step, self.results, self.resumed = "tracklet", 0, {}, None
         self.stop_asked, self.training = 0, False
+        self.precision = choose_precision(settings.precision, self.device)
         torch.manual_seed(settings.seed)  # the same initial weights on every rank
         backbone = build(settings.arch)
         head = Head(backbone.embed_dim, settings.prototypes, settings.hidden, settings.bottleneck, settings.head_norm)
@@ -216,7 +240,11 @@ class Run:
         if self.device.type == "cuda" and self.world_size > 1:  # batch statistics over all processes; CPUs keep their own
             self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        if settings.compile:
+            self.student.backbone.compile()
+            self.teacher.backbone.compile()
         self.center = torch.zeros(settings.prototypes, device=self.device)
+        self.finite = torch.ones((), device=self.device)  # 0 once a loss or gradient was not; read now and then
         self.unreadable = set()
         self.tensorboard = None
 
@@ -234,39 +262,82 @@ class Run:
                 if isinstance(value, float):
                     self.tensorboard.add_scalar(f"{event}/{values.get('stage', '')}/{key}", value, values.get("step", 0))
 
-    def save(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Write last.pt: beside it, to the disk, then renamed, so that a crash in the middle destroys nothing."""
+    def save(self, optimizer=None, scaler=None) -> None:
+        """Write last.pt beside the old one and to the disk before it takes its place, so that a crash at any moment destroys
+        nothing; the old one is kept as previous.pt."""
         average_buffers(self.teacher, self.world_size)
         if self.rank == 0:
-            log = self.folder / "log.jsonl"
+            log, last = self.folder / "log.jsonl", self.folder / "last.pt"
             checkpoint = {
                 "student": self.student.state_dict(), "teacher": self.teacher.state_dict(), "center": self.center,
-                "optimizer": optimizer.state_dict() if optimizer else None, "stage": self.stage, "step": self.step,
-                "results": self.results, "unreadable": sorted(self.unreadable), "settings": asdict(self.settings), "log_bytes": log.stat().st_size if log.exists() else 0,
+                "optimizer": optimizer.state_dict() if optimizer else None, "scaler": scaler.state_dict() if scaler else None,
+                "stage": self.stage, "step": self.step, "results": self.results, "unreadable": sorted(self.unreadable),
+                "settings": asdict(self.settings), "log_bytes": log.stat().st_size if log.exists() else 0,
             }  # fmt: skip
-            with replacing(self.folder / "last.pt") as temporary:
+            with replacing(last) as temporary:
                 torch.save(checkpoint, temporary)
+                if last.exists():
+                    os.replace(last, self.folder / "previous.pt")
+        dist.barrier()
 
     def resume(self) -> None:
-        """Take up what the folder holds. Raises ValueError if it was made with other settings."""
-        file, log = self.folder / "last.pt", self.folder / "log.jsonl"
-        if not file.exists():
+        """Take up what the folder holds: last.pt, or previous.pt where that is missing or damaged. Raises ValueError if both
+        are, if they were made with other settings, or if processes find different ones."""
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(".last.pt.*"):  # of a save that was cut short
+                left.unlink()
+        dist.barrier()
+        log, found, wrong = self.folder / "log.jsonl", None, []
+        files = [file for file in (self.folder / "last.pt", self.folder / "previous.pt") if file.exists()]
+        for file in files:
+            try:
+                found = read_state(file, self.device)
+                break
+            except ValueError as error:
+                wrong.append(str(error))
+        if files and not found:
+            raise ValueError(f"{'; '.join(wrong)}. Delete {self.folder} to start anew, or give another --name")
+        self.agree(found and (found["stage"], found["step"]), f"{self.folder} must be on a file system that all machines share")
+        if not found:
             if self.rank == 0:
                 log.unlink(missing_ok=True)  # of a start that came to nothing
             return
-        checkpoint = torch.load(file, map_location=self.device, weights_only=True)
-        now, then = asdict(self.settings), checkpoint["settings"]
+        now, then = asdict(self.settings), found["settings"]
         differ = [f"--{key} {then.get(key)} there, {now[key]} here" for key in now if key not in MAY_DIFFER and now[key] != then.get(key)]
         if differ:
             raise ValueError(f"{self.folder} was made with other settings ({'; '.join(differ)}); delete it, or give another --name")
-        self.student.load_state_dict(checkpoint["student"])
-        self.teacher.load_state_dict(checkpoint["teacher"])
-        self.center = checkpoint["center"]
-        self.stage, self.step, self.results = checkpoint["stage"], checkpoint["step"], checkpoint["results"]
-        self.resumed, self.unreadable = checkpoint["optimizer"], set(checkpoint["unreadable"])
-        if self.rank == 0 and log.exists():
-            os.truncate(log, min(checkpoint["log_bytes"], log.stat().st_size))  # lines after the checkpoint will come again
+        self.student.load_state_dict(found["student"])
+        self.teacher.load_state_dict(found["teacher"])
+        self.center.copy_(found["center"])
+        self.stage, self.step, self.results = found["stage"], found["step"], found["results"]
+        self.resumed, self.unreadable = found, set(found["unreadable"])
+        if self.rank == 0:
+            if wrong:
+                os.replace(files[0], self.folder / "damaged.pt")
+            if log.exists():
+                os.truncate(log, min(found["log_bytes"], log.stat().st_size))  # lines after the checkpoint will come again
+        if file.name != "last.pt":
+            self.say("resume", f"{wrong[0] if wrong else 'last.pt is missing'}: going back to {file.name}, the checkpoint before")
         self.say("resume", f"{self.folder} at {'its end' if self.stage == 'done' else f'stage {self.stage!r}, step {self.step:,}'}")
+
+    def agree(self, value, otherwise: str) -> None:
+        """Raise ValueError where processes come with different values."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        if any(other != values[0] for other in values):
+            raise ValueError(f"{otherwise}: the processes found {values}")
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError where a loss or a gradient of any process was not finite since the start. Reading it waits
+        for the device, so it is done before logging and saving only."""
+        if not all_reduce(self.finite.clone(), dist.ReduceOp.MIN):
+            raise FloatingPointError(f"a loss or a gradient is not finite by step {self.step} of stage {self.stage!r}; {self.folder}/last.pt is the "
+                                     f"last good state. Try a lower --lr (now {self.settings.lr}) under another --name")  # fmt: skip
+
+    def should_stop(self) -> bool:
+        """Whether any process was asked to stop. Asked on the CPU, so that no device waits."""
+        return bool(all_reduce(torch.tensor(float(self.stop_asked > 0))))
 
     def gather_unreadable(self, tracklets) -> None:
         """Unite what the processes found unreadable. Raises ValueError if that is more than 1% of the images."""
@@ -293,9 +364,31 @@ def join_processes() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
     options = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1), **options)  # others wait while one denoises
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1), **options)  # others wait while one denoises
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """What the networks compute in; parameters, losses and the optimiser stay float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def read_state(file: Path, device: torch.device) -> dict:
+    """A checkpoint of ours, whole: its checksums are compared, which torch.load does not. Raises ValueError where it is damaged."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"checksum of {damaged}")
+        return torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # whatever a damaged file makes them raise
+        raise ValueError(f"{file} is damaged ({error})") from None
 
 
 def average_buffers(network: nn.Module, world_size: int) -> None:
@@ -319,14 +412,16 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
     number, what = (1, "tracklet") if run.stage == "tracklet" else (2, "cross-video")
     run.say(f"stage {number}", f"{what} identities: {len(np.unique(labels[labels >= 0])):,} of {(labels >= 0).sum():,} images, {total:,} steps of {s.batch}")
 
-    network = DistributedDataParallel(run.student)
+    network = DistributedDataParallel(run.student, gradient_as_bucket_view=True)
     new_head = run.stage == "tracklet" or bool(s.weights or s.labels)  # its prototypes stay as they are at first
     groups = [[p for p in run.student.parameters() if p.ndim > 1], [p for p in run.student.parameters() if p.ndim <= 1]]
-    optimizer = torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=0.0)  # biases, norms
-    if run.resumed:
-        optimizer.load_state_dict(run.resumed)
-        run.resumed = None
-    run.training, warned, smooth, clock, first_step = True, False, None, time.time(), run.step
+    optimizer = torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=0.0, fused=True)  # biases, norms
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision is torch.float16)
+    if run.resumed and run.resumed["optimizer"]:
+        optimizer.load_state_dict(run.resumed["optimizer"])
+        scaler.load_state_dict(run.resumed["scaler"])
+    run.resumed = None
+    run.training, collapsed, clock, first_step = True, 0, time.time(), run.step
     done = 0  # steps before this epoch
     for epoch, (K, steps) in enumerate(plan, start=first_epoch):
         start = run.step - done
@@ -338,89 +433,89 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
             if not readable.all():
                 run.unreadable.update(rows[~readable.numpy()].tolist())
                 images = replace_unreadable(images, readable, K)
-            frozen = new_head and epoch - first_epoch < s.freeze_last
-            loss, entropy, used, lr, stop = train_step(run, network, optimizer, images, K, epoch, total, frozen)
+            now, frozen = schedule(s, run.step, total), new_head and epoch - first_epoch < s.freeze_last
+            loss, p = train_step(run, network, optimizer, scaler, images, K, epoch, now, frozen)
+            run.step += 1
 
-            smooth = loss if smooth is None else 0.9 * smooth + 0.1 * loss
-            if not warned and run.step > total // 2 and run.step - first_step > 20:
-                warned = warn_of_collapse(run, smooth, entropy, used)
             if run.step % s.log_every == 0 or run.step == total:
-                rate = (run.step - first_step) * s.batch / (time.time() - clock)
+                run.check_finite()
+                loss = (all_reduce(loss) / run.world_size).item()
+                entropy, used = gauge(p)
+                rate, uniform = (run.step - first_step) * s.batch / (time.time() - clock), math.log(s.prototypes)
                 left = (total - run.step) * s.batch / rate
-                uniform = math.log(s.prototypes)
                 run.say("", f"step {run.step:>5,}/{total:,}  K {K}  loss {loss:.3f} of {uniform:.3f}  entropy {entropy / uniform:4.0%}  "
-                        f"lr {lr:.1e}  {rate:6,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")  # fmt: skip
-                run.log("train", stage=run.stage, step=run.step, epoch=epoch, K=K, loss=loss, entropy=entropy, lr=lr, images_per_second=rate)
+                        f"used {used:,}  lr {now.lr:.1e}  {rate:6,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")  # fmt: skip
+                run.log("train", stage=run.stage, step=run.step, epoch=epoch, K=K, loss=loss, entropy=entropy, entropy_share=entropy / uniform,
+                        prototypes_used=used, images_per_second=rate, **now._asdict())  # fmt: skip
+                words = collapse(loss, entropy, used, s.prototypes) if run.step > s.warmup * total else ""
+                collapsed = collapsed + 1 if words else min(collapsed, 0)
+                if collapsed == 3:  # in three lines running; said once
+                    run.say("warning", words)
+                    collapsed = -math.inf
+            stop = run.should_stop()
             if stop or run.step % s.save_every == 0 or run.step == done:
+                run.check_finite()
                 run.gather_unreadable(tracklets)
-                run.save(optimizer)
+                run.save(optimizer, scaler)
             if stop:
                 run.leave(run.stop_asked or signal.SIGTERM)
     run.training = False
-    if all_reduce(torch.tensor(float(run.stop_asked), device=run.device)) > 0:  # asked in the very last step
+    if run.should_stop():  # asked in the very last step
         run.leave(run.stop_asked or signal.SIGTERM)
 
 
-def train_step(run: Run, network: nn.Module, optimizer, images: torch.Tensor, K: int, epoch: int, total: int, frozen: bool) -> tuple:
-    """One step on this rank's uint8 images (B, 3, H, W): loss, teacher entropy (both over all ranks), prototypes used here, lr,
-    and whether any rank was asked to stop. `frozen` keeps the prototypes as they are."""
-    s, step = run.settings, run.step
-    lr = learning_rate(step, total, max(1, round(s.warmup * total)), s.lr * s.batch / 256, s.min_lr)
+def train_step(run: Run, network: nn.Module, optimizer, scaler, images: torch.Tensor, K: int, epoch: int, now: Schedule, frozen: bool) -> tuple:
+    """One step on this process's uint8 images (B, 3, H, W): its loss (a tensor: nothing here waits for the device) and the
+    teacher's probabilities (2, B, D). `frozen` keeps the prototypes as they are.
+
+    The teacher sees all parts of the batch first, so centering is over the whole; then the student's gradients add up.
+    """
+    s = run.settings
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.param_groups[0]["weight_decay"] = cosine(step, total, *s.weight_decay)
+        group["lr"] = now.lr
+    optimizer.param_groups[0]["weight_decay"] = now.weight_decay
 
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([s.seed, epoch, step]).generate_state(1)[0]))
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([s.seed, epoch, run.step]).generate_state(1)[0]))
     views = make_views(images.to(run.device, non_blocking=True), view_kinds(s), generator, run.rank, run.world_size)
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
-        with torch.no_grad():
-            run.teacher.train()  # it normalises by its own batch, as the student does
-            taught = run.teacher(views[:2])  # (2, B, D)
-        logits = network(views)  # (V, B, D)
+    parts = list(zip(*[view.chunk(s.accumulate) for view in views]))
+    autocast = torch.autocast(run.device.type, run.precision, enabled=run.precision is not torch.float32)
+    with torch.no_grad(), autocast:
+        run.teacher.train()  # it normalises by its own batch, as the student does
+        z, prototypes = zip(*[run.teacher(part[:2]) for part in parts])
+    taught = torch.cat(z, dim=1).float() @ prototypes[0].float().T  # logits (2, B, D)
     if s.centering == "sinkhorn":
-        p = sinkhorn(taught, s.teacher_temp)
+        p = sinkhorn(taught, now.teacher_temp)
     else:
-        p = torch.softmax((taught.float() - run.center) / s.teacher_temp, dim=-1)
-        run.center = update_center(run.center, taught, s.center_momentum)
-    loss = matching_loss(logits, p, K, s.student_temp)
-    optimizer.zero_grad()
-    loss.backward()
+        p = torch.softmax((taught - run.center) / now.teacher_temp, dim=-1)
+        run.center.copy_(update_center(run.center, taught, s.center_momentum))
+    del taught
 
-    gauge = torch.stack([loss.detach(), teacher_entropy(p), torch.tensor(float(run.stop_asked > 0), device=run.device)])
-    mean_loss, entropy, stop = (all_reduce(gauge) / run.world_size).tolist()
-    if not math.isfinite(mean_loss):
-        raise FloatingPointError(f"the loss is {mean_loss} at step {step} of stage {run.stage!r}; {run.folder}/last.pt is the last good "
-                                 f"state. Try a lower --lr (now {s.lr}) under another --name")  # fmt: skip
-    clip_gradients(run.student, s.clip)
+    loss = torch.zeros((), device=run.device)
+    for i, (part, target) in enumerate(zip(parts, p.chunk(s.accumulate, dim=1))):
+        with network.no_sync() if i + 1 < s.accumulate else nullcontext():
+            with autocast:
+                z, prototypes = network(part)  # (V, B / parts, C), (D, C)
+            part_loss = matching_loss(z, prototypes, target, K, s.student_temp) / s.accumulate
+            scaler.scale(part_loss).backward()
+        loss += part_loss.detach()
+    scaler.unscale_(optimizer)  # the released code clips before this
+    norms = clip_gradients(run.student, s.clip)
+    run.finite *= torch.isfinite(loss) & (scaler.is_enabled() or torch.isfinite(norms).all())  # a scaler meets infinities by design
     if frozen:
         run.student.head.last_layer.weight.grad = None
-    optimizer.step()
-    update_teacher(run.teacher, run.student, cosine(step, total, *s.ema))
-    run.step += 1
-    return mean_loss, entropy, len(p.argmax(-1).unique()), lr, stop > 0
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    update_teacher(run.teacher, run.student, now.ema)
+    return loss, p
 
 
-def clip_gradients(network: nn.Module, largest: float) -> None:
-    """Scale each parameter's gradient down to a norm of `largest`, as DINO does. Raises FloatingPointError if one is not finite."""
+def clip_gradients(network: nn.Module, largest: float) -> torch.Tensor:
+    """Scale each parameter's gradient down to a norm of `largest`, as DINO does; the norms before."""
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
-    if not torch.isfinite(norms).all():
-        raise FloatingPointError("a gradient is not finite; last.pt is the last good state. Try a lower --lr under another --name")
     torch._foreach_mul_(gradients, list((largest / (norms + 1e-6)).clamp(max=1)))
-
-
-def warn_of_collapse(run: Run, loss: float, entropy: float, used: int) -> bool:
-    """Say so where the teacher says the same of every image. True if it does."""
-    uniform = math.log(run.settings.prototypes)
-    if abs(loss / uniform - 1) < 0.003 or entropy > 0.995 * uniform:
-        run.say("warning", f"uniform collapse: the loss is {loss:.3f} and stays near log D = {uniform:.3f}, so nothing is learned. "
-                "Try --centering sinkhorn, --head_norm, fewer --prototypes or a higher --lr")  # fmt: skip
-        return True
-    if used == 1:
-        run.say("warning", "collapse to one prototype: the teacher answers the same for all images. "
-                "Try --centering sinkhorn, a lower --center_momentum or a higher --teacher_temp")  # fmt: skip
-        return True
-    return False
+    return norms
 
 
 def view_kinds(s: Settings) -> list[Views]:
@@ -428,7 +523,8 @@ def view_kinds(s: Settings) -> list[Views]:
     common = dict(ratio=s.ratio, jitter=s.jitter, grey_p=s.grey, blur_sigma=s.blur_sigma)
     first = Views(s.size, s.global_scale, blur_p=s.blur[0], **common)
     second = Views(s.size, s.global_scale, blur_p=s.blur[1], solarize_p=s.solarize, **common)
-    return [first, second] + [Views(s.local_size, s.local_scale, blur_p=s.blur[2], **common)] * s.local_crops
+    local = Views(s.local_size, s.local_scale, blur_p=s.blur[2], copies=s.local_crops, **common)
+    return [first, second] + [local] * (s.local_crops > 0)
 
 
 # ---------------------------------------------------------------- the whole method
@@ -441,9 +537,9 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
     for K in s.K + s.tracklet_K:
-        if s.batch % (run.world_size * K):
-            raise ValueError(f"--batch {s.batch} over {run.world_size} processes is not a multiple of K={K}: "
-                             "identities are not split over processes")  # fmt: skip
+        if s.batch % (run.world_size * s.accumulate * K):
+            raise ValueError(f"--batch {s.batch} over {run.world_size} processes, each in {s.accumulate} parts, is not a multiple of K={K}: "
+                             "identities are not split")  # fmt: skip
 
     # 1. data
     root = Path(s.data or "data/walkers")
@@ -469,11 +565,7 @@ def main() -> None:
         if not s.weights:
             plan_epochs(tracklets.track, s, s.tracklet_K, s.tracklet_epochs)
 
-    # the run folder, and what it holds already
-    if run.rank == 0:
-        run.folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    run.resume()
+    run.resume()  # what the run's folder holds already
     try:
         from torch.utils.tensorboard import SummaryWriter
 

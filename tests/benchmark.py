@@ -2,8 +2,12 @@
 
     python tests/benchmark.py denoise     # quality against other clusterings, calibration, what each part is worth; an hour the first time
     python tests/benchmark.py scale       # time and memory from ten thousand images up, effect of the range's width; 10 min
+    python tests/benchmark.py loss        # head and loss by three ways of writing them: time, memory; 10 min
+    python tests/benchmark.py augment     # views of an image against a pipeline of PIL and torchvision; 1 min
+    python tests/benchmark.py index       # index, sampler and labels at millions of images; 3 min
+    python tests/benchmark.py step        # a training step and its parts, against one written the plain way; 5 min an architecture
 
-Read first: `denoise`, `scale`, `draw_video`.
+Read first: `denoise`, `scale`, `draw_video`, `step`.
 """
 import argparse
 import json
@@ -335,6 +339,282 @@ def scale(args) -> None:
                     for r, one in zip(returning, results)])  # fmt: skip
 
 
+# ---------------------------------------------------------------- the loss
+
+
+def double_loop(student, p, K: int, temp: float = 0.1):
+    """The loss as the definition reads: logits student (V, B, D), teacher probabilities p (2, B, D)."""
+    import torch
+
+    def H(p, logits):  # mean over images
+        return -(p * torch.log_softmax(logits / temp, dim=-1)).sum(-1).mean()
+
+    total, pairs = 0, 0
+    for u in range(2):
+        for v in range(len(student)):
+            if u == v:
+                continue
+            loss = H(p[u], student[v])
+            for i in range(K):
+                for j in range(K):
+                    if i != j:
+                        loss = loss + H(p[u, i::K], student[v, j::K])
+            total, pairs = total + loss / (K * (K - 1) + 1), pairs + 1
+    return total / pairs
+
+
+def factorised(student, p, K: int, temp: float = 0.1):
+    """The same in linear time, on all logits at once."""
+    import torch
+
+    V, B, _ = student.shape
+    together = p.unflatten(1, (-1, K)).sum(2).repeat_interleave(K, dim=1)
+    targets = (p + K * (together - p)) / (B * (K * (K - 1) + 1))
+    targets = torch.stack([targets[1], targets[0], *[targets.sum(0)] * (V - 2)])
+    return -(targets * torch.log_softmax(student / temp, dim=-1)).sum() / (2 * (V - 1))
+
+
+def run_loss(how: str, K: int, D: int, batch: int, crops: int, threads: int) -> dict:
+    """Forward and backward of the head's last layer and the loss: seconds (best of 3), peak memory in GiB, the loss."""
+    import torch
+
+    import distill
+
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    unit = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
+    z, prototypes = unit(crops, batch, 256).requires_grad_(), unit(D, 256).requires_grad_()
+    p = torch.softmax(unit(2, batch, 256) @ prototypes.detach().T / 0.04, dim=-1)
+    seconds, memory = [], []
+    for _ in range(3):
+        z.grad = prototypes.grad = None
+        with measured() as run:
+            if how == "ours":
+                loss = distill.matching_loss(z, prototypes, p, K)
+            else:
+                loss = {"double loop": double_loop, "factorised": factorised}[how](z @ prototypes.T, p, K)
+            loss.backward()
+        seconds.append(run.seconds)
+        memory.append(run.peak)
+    return {"seconds": min(seconds), "memory": memory[0], "loss": loss.item(), "gradient": z.grad.norm().item()}
+
+
+def in_a_process(function: str, **options) -> dict:
+    """Call a function of this file in a process of its own, for a memory that nothing else has used."""
+    code = f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests')!r}); import benchmark as B; from pathlib import Path; " \
+           f"print(json.dumps(B.{function}(**{options!r})))"  # fmt: skip
+    result = json.loads(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout)
+    print(json.dumps(options | result), file=sys.stderr, flush=True)
+    return result
+
+
+def loss(args) -> None:
+    """Head and loss, forward and backward: the definition's loops, the linear form on all logits, and ours, crop by crop."""
+    rows = []
+    for D in args.prototypes:
+        for K in args.K:
+            results = {how: in_a_process("run_loss", how=how, K=K, D=D, batch=args.batch, crops=args.crops, threads=args.threads)
+                       for how in ("double loop", "factorised", "ours")}  # fmt: skip
+            base = results["factorised"]
+            for how, r in results.items():
+                rows.append([f"{D:,}", K, how, f"{r['seconds']:.2f}", f"{r['seconds'] / base['seconds']:.2f}", f"{r['memory']:.2f}",
+                             f"{r['memory'] / base['memory']:.2f}", f"{r['loss']:.5f}"])  # fmt: skip
+    print_rows(f"Head and loss, forward and backward, {args.batch} images, {args.crops} crops, {args.threads} threads",
+               ["D", "K", "", "seconds", "of factorised", "GiB", "of factorised", "loss"], rows)  # fmt: skip
+
+
+# ---------------------------------------------------------------- views
+
+
+def pil_views(settings) -> list:
+    """The recipe's views as the usual pipeline makes them: a function of a PIL image for every view, with torchvision transforms."""
+    import torch
+    from PIL import Image, ImageFilter
+    from torchvision import transforms as T
+
+    from model import MEAN, STD
+
+    s = settings
+    blur = lambda p: T.Lambda(lambda x: x.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(0.1, s.blur_sigma)))) if torch.rand(1) < p else x)
+
+    def kind(size, scale, blur_p, solarize=0.0):
+        return T.Compose([
+            T.RandomResizedCrop(size, scale, s.ratio, Image.BILINEAR), T.RandomHorizontalFlip(),
+            T.RandomApply([T.ColorJitter(*s.jitter)], 0.8), T.RandomGrayscale(s.grey), blur(blur_p),
+            T.RandomSolarize(128, solarize), T.ToTensor(), T.Normalize(MEAN, STD),
+        ])  # fmt: skip
+
+    both = [kind(s.size, s.global_scale, s.blur[0]), kind(s.size, s.global_scale, s.blur[1], s.solarize)]
+    return both + [kind(s.local_size, s.local_scale, s.blur[2])] * s.local_crops
+
+
+def draw_images(root: Path, n: int, canvas: tuple[int, int]) -> "data.Tracklets":
+    """n smooth random JPEGs of the canvas' size."""
+    import torch
+
+    x = torch.nn.functional.interpolate(torch.rand(n, 3, 16, 8, generator=torch.Generator().manual_seed(0)), canvas, mode="bilinear")
+    (root / "video").mkdir()
+    for i, image in enumerate((x * 255).byte()):
+        (root / "video" / f"{i // 8:06d}_{i % 8:07d}_00.jpg").write_bytes(data.encode_jpeg(image, 90).numpy().tobytes())
+    return data.read_tracklets(root)
+
+
+def augment(args) -> None:
+    """From JPEG files to a batch of views: ours on the batch, and the usual pipeline image by image, on one core each."""
+    import torch
+    from PIL import Image
+    from torch.utils.data import default_collate
+
+    import distill
+    import train
+
+    torch.set_num_threads(1)
+    s = train.Settings()
+    kinds, transforms, generator = train.view_kinds(s), pil_views(s), torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        tracklets = draw_images(Path(folder), args.batch, s.canvas)
+        images, files = data.Images(tracklets, s.canvas), [tracklets.root / tracklets.path(i) for i in range(len(tracklets))]
+        stack = lambda: torch.stack([images[i][0] for i in range(len(images))])
+        batch, opened = stack(), [Image.open(file).convert("RGB") for file in files]
+        ways = {
+            ("decoding", "ours"): stack,
+            ("decoding", "PIL"): lambda: [Image.open(file).convert("RGB") for file in files],
+            ("views", "ours"): lambda: distill.make_views(batch, kinds, generator),
+            ("views", "PIL"): lambda: default_collate([[t(image) for t in transforms] for image in opened]),
+        }
+        times = {way: [] for way in ways}
+        for _ in range(args.repeat):  # in turns, so that a slow moment of the machine meets both
+            for way, function in ways.items():
+                clock = time.perf_counter()
+                function()
+                times[way].append(1e3 * (time.perf_counter() - clock) / args.batch)
+    best = {way: np.median(values) for way, values in times.items()}
+    rows = [[what, f"{best[what, 'PIL']:.2f}", f"{best[what, 'ours']:.2f}", f"{best[what, 'PIL'] / best[what, 'ours']:.2f}"] for what in ("decoding", "views")]
+    total = {how: best["decoding", how] + best["views", how] for how in ("PIL", "ours")}
+    rows.append(["both", f"{total['PIL']:.2f}", f"{total['ours']:.2f}", f"{total['PIL'] / total['ours']:.2f}"])
+    print_rows(f"Milliseconds an image on one core, 2 + {s.local_crops} views at {s.size} and {s.local_size}, batches of {args.batch}, median of {args.repeat}",
+               ["", "PIL and torchvision", "ours", "faster"], rows)  # fmt: skip
+
+
+# ---------------------------------------------------------------- a training step
+
+
+def plain_step(student, teacher, optimizer, images, transforms, K: int, lap) -> None:
+    """A step as it is usually written: PIL views, one crop at a time, the loss as loops, parameters one by one."""
+    import torch
+
+    crops = torch.utils.data.default_collate([[t(image) for t in transforms] for image in images])
+    lap("data")
+    forward = lambda network, crop: (lambda z, w: z @ w.T)(*network.head(network.backbone(crop)))
+    with torch.no_grad():
+        taught = torch.stack([forward(teacher, crop) for crop in crops[:2]])
+        p = torch.softmax((taught - taught.mean((0, 1))) / 0.04, dim=-1)
+    logits = torch.stack([forward(student, crop) for crop in crops])
+    lap("forward")
+    loss = double_loop(logits, p, K)
+    lap("loss")
+    loss.backward()
+    lap("backward")
+    for parameter in student.parameters():
+        parameter.grad.mul_((3.0 / (parameter.grad.norm() + 1e-6)).clamp(max=1))
+    optimizer.step()
+    optimizer.zero_grad()
+    lap("optimiser")
+    with torch.no_grad():
+        for a, b in zip(teacher.parameters(), student.parameters()):
+            a.mul_(0.996).add_(b, alpha=0.004)
+    lap("EMA")
+
+
+def our_step(student, teacher, optimizer, images, kinds, K: int, lap) -> None:
+    """The same step as train.py takes it, in one process."""
+    import torch
+
+    import distill
+    import train
+
+    views = distill.make_views(images, kinds, torch.Generator().manual_seed(0))
+    lap("data")
+    with torch.no_grad():
+        z, prototypes = teacher(views[:2])
+        taught = z @ prototypes.T
+        p = torch.softmax((taught - taught.mean((0, 1))) / 0.04, dim=-1)
+    z, prototypes = student(views)
+    lap("forward")
+    loss = distill.matching_loss(z, prototypes, p, K)
+    lap("loss")
+    loss.backward()
+    lap("backward")
+    train.clip_gradients(student, 3.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    lap("optimiser")
+    distill.update_teacher(teacher, student, 0.996)
+    lap("EMA")
+
+
+def step(args) -> None:
+    """A training step at the paper's crops and its parts, ours and written the plain way, in turns in one process; what the
+    arithmetic alone would take."""
+    import copy
+
+    import torch
+    from PIL import Image
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import distill
+    import model
+    import train
+
+    torch.set_num_threads(args.threads)
+    s = train.Settings(arch=args.arch)
+    torch.manual_seed(0)
+    backbone = model.build(args.arch)
+    plain = distill.Network(backbone, model.Head(backbone.embed_dim, s.prototypes))
+    ours = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    networks = {"plain": (plain, copy.deepcopy(plain).requires_grad_(False)), "ours": (ours, copy.deepcopy(ours).requires_grad_(False))}
+    adam = {"plain": torch.optim.AdamW(plain.parameters(), lr=1e-6), "ours": torch.optim.AdamW(ours.parameters(), lr=1e-6, fused=True)}
+    with tempfile.TemporaryDirectory() as folder:
+        tracklets = draw_images(Path(folder), args.batch, s.canvas)
+        files = [tracklets.root / tracklets.path(i) for i in range(args.batch)]
+        decode = {"plain": lambda: [Image.open(file).convert("RGB") for file in files],
+                  "ours": lambda: torch.stack([data.Images(tracklets, s.canvas)[i][0] for i in range(args.batch)])}  # fmt: skip
+        steps, views = {"plain": plain_step, "ours": our_step}, {"plain": pil_views(s), "ours": train.view_kinds(s)}
+        times = {}
+        for n in range(args.repeat + 1):  # the first is not counted
+            for how in args.ways:
+                clock = [time.perf_counter()]
+
+                def lap(part):
+                    times.setdefault((how, part), []).append(time.perf_counter() - clock[0])
+                    clock[0] = time.perf_counter()
+
+                steps[how](*networks[how], adam[how], decode[how](), views[how], args.K, lap)
+        crops = [torch.randn(2, 3, *s.size)] * 2 + [torch.randn(2, 3, *s.local_size)] * s.local_crops
+        counter = FlopCounterMode(display=False)
+        with counter:
+            with torch.no_grad():
+                networks["ours"][1](crops[:2])
+            z, prototypes = ours(crops)
+            (z.sum() + prototypes.sum()).backward()
+        flops = counter.get_total_flops() / 2 * args.batch + 4 * (2 + 3 * len(crops)) / 2 * args.batch * s.bottleneck * s.prototypes  # and the logits
+    a, b = torch.randn(2, 2048, 2048)
+    (a @ b).sum()
+    clock = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    rate = 10 * 2 * 2048**3 / (time.perf_counter() - clock)
+    seconds = {key: float(np.median(values[1:])) for key, values in times.items()}
+    parts = ["data", "forward", "loss", "backward", "optimiser", "EMA"]
+    rows = [[part, *(f"{seconds[how, part]:.2f}" for how in args.ways)] for part in parts]
+    total = {how: sum(seconds[how, part] for part in parts) for how in args.ways}
+    rows += [["step", *(f"{total[how]:.2f}" for how in args.ways)], ["images/s", *(f"{args.batch / total[how]:.2f}" for how in args.ways)],
+             ["arithmetic", *(f"{flops / rate / total[how]:.0%}" for how in args.ways)]]  # fmt: skip
+    print_rows(f"Seconds of a step of {args.arch}, {args.batch} images, K {args.K}, {len(crops)} crops, D {s.prototypes:,}, {args.threads} threads, median of {args.repeat}",
+               ["", *args.ways], rows)  # fmt: skip
+    print(f"\nArithmetic: {flops / 1e9:,.0f} GFLOP a step would take {flops / rate:.2f} s at the {rate / 1e9:,.0f} GFLOP/s of a product of two 2,048 x 2,048 matrices.")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -349,5 +629,24 @@ if __name__ == "__main__":
     command.add_argument("--returning", type=int, default=10**6, help="most images to look for people who return in")
     command.add_argument("--folder", help="where the features go (default: the system's temporary folder)")
     command.set_defaults(run=scale)
+    command = commands.add_parser("loss", help=loss.__doc__)
+    command.add_argument("--prototypes", type=int, nargs="+", default=[8192, 65536])
+    command.add_argument("--K", type=int, nargs="+", default=[2, 4, 6, 8])
+    command.add_argument("--batch", type=int, default=120)
+    command.add_argument("--crops", type=int, default=10)
+    command.add_argument("--threads", type=int, default=2)
+    command.set_defaults(run=loss)
+    command = commands.add_parser("augment", help=augment.__doc__)
+    command.add_argument("--batch", type=int, default=32)
+    command.add_argument("--repeat", type=int, default=7)
+    command.set_defaults(run=augment)
+    command = commands.add_parser("step", help=step.__doc__)
+    command.add_argument("--arch", default="r50ibn")
+    command.add_argument("--batch", type=int, default=16)
+    command.add_argument("--K", type=int, default=8)
+    command.add_argument("--repeat", type=int, default=3)
+    command.add_argument("--threads", type=int, default=2)
+    command.add_argument("--ways", nargs="+", default=["plain", "ours"])
+    command.set_defaults(run=step)
     args = parser.parse_args()
     args.run(args)

@@ -22,10 +22,10 @@ def test_the_paper_recipe_is_the_papers():
     assert (s.size, s.local_size, s.local_crops, s.global_scale, s.local_scale, s.ratio) == ((256, 128), (128, 64), 8, (0.8, 1.0), (0.05, 0.8), (0.4, 0.6))
     assert (s.jitter, s.grey, s.blur, s.solarize) == ((0.4, 0.4, 0.2, 0.1), 0.2, (1.0, 0.1, 0.5), 0.2)
     assert (s.K, tuple(np.cumsum(s.epochs)), s.batch) == ((2, 4, 6, 8), (40, 60, 80, 100), 120 * 8)
-    assert (s.prototypes, s.hidden, s.bottleneck, s.student_temp, s.teacher_temp, s.centering) == (65536, 2048, 256, 0.1, 0.04, "ema")
+    assert (s.prototypes, s.hidden, s.bottleneck, s.student_temp, s.teacher_temp, s.centering) == (65536, 2048, 256, 0.1, (0.04, 0.04), "ema")
     assert (s.lr, s.min_lr, s.warmup, s.weight_decay, s.clip, s.ema, s.center_momentum) == (5e-4, 1e-6, 10 / 100, (0.04, 0.4), 3.0, (0.996, 1.0), 0.9)
-    first, second, *local = train.view_kinds(s)
-    assert (first.blur_p, second.blur_p, local[0].blur_p, first.solarize_p, second.solarize_p, len(local)) == (1.0, 0.1, 0.5, 0.0, 0.2, 8)
+    first, second, local = train.view_kinds(s)
+    assert (first.blur_p, second.blur_p, local.blur_p, first.solarize_p, second.solarize_p, local.copies) == (1.0, 0.1, 0.5, 0.0, 0.2, 8)
 
 
 def test_every_setting_has_a_line_of_help(capsys):
