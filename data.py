@@ -5,12 +5,14 @@ a synthetic set of tracklets whose true identities are known.
 
 Read first: `read_tracklets`, `sample_identities`, `draw_walkers`.
 """
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -53,34 +55,60 @@ class Tracklets:
 FILE_NAME = re.compile(rb"(\d{1,18})_(\d{1,18})_(\d{1,18})\.jpe?g", re.IGNORECASE)  # <track:06d>_<frame:07d>_<det:02d>.jpg
 
 
-def read_tracklets(root) -> Tracklets:
+def read_tracklets(root, keep: int = 100_000) -> Tracklets:
     """Index the JPEG files below a folder in LUPerson-NL's layout, <anything>/<video>/<track>_<frame>_<det>.jpg.
 
-    A folder that holds JPEGs is a video; videos are ordered by path. Files of other types are left alone.
+    A folder that holds JPEGs is a video; videos are ordered by path. Files of other types are left alone. The index of `keep`
+    and more images is written beside the folder, <root>.index.npz, and read from there until a folder below the root changes.
     Raises ValueError for a missing or empty folder, and for JPEGs whose names are not of that form.
     """
     if not os.path.isdir(root):
         raise ValueError(f"{root}: no such folder; expected tracklets as <video>/<track>_<frame>_<det>.jpg below it")
-    folders, columns, wrong = [], [], []
-    for folder, _, files in sorted(os.walk(root, followlinks=True)):
+    kept = Path(f"{Path(root).absolute()}.index.npz")
+    if kept.is_file():
+        try:
+            with np.load(kept) as file:  # no pickles: arrays only
+                folders, name = file["folders"].tolist(), file["name"]
+                inside = b"/" not in name.tobytes() and not any(os.path.isabs(f) or ".." in f.split("/") for f in folders)
+                if inside and str(file["stamp"]) == stamp(root, file["visited"]):
+                    return Tracklets(root, folders, name, file["video"], file["track"], file["frame"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass  # damaged: scanned again
+    visited, folders, columns, wrong = [], [], [], []
+    for folder, below, files in os.walk(root, followlinks=True):
+        below.sort()
+        visited.append(os.path.relpath(folder, root))
         names = sorted(os.fsencode(file) for file in files if file.lower().endswith((".jpg", ".jpeg")))
         matches = [FILE_NAME.fullmatch(name) for name in names]
         wrong += [os.path.join(folder, os.fsdecode(name)) for name, match in zip(names, matches) if not match]
         if names and all(matches):
             numbers = np.array([match.groups() for match in matches]).astype(np.int64)  # (n, 3)
             order = np.lexsort(numbers.T[::-1])
-            columns.append((np.full(len(names), len(folders)), np.array(names)[order], numbers[order]))
-            folders.append("" if folder == str(root) else os.path.relpath(folder, root))
+            columns.append((np.array(names)[order], np.full(len(names), len(folders)), *numbers[order, :2].T))
+            folders.append("" if folder == str(root) else visited[-1])
     if wrong:
         raise ValueError(
             f"{root}: {len(wrong):,} JPEG names are not <track>_<frame>_<det>.jpg (three numbers), the first: {', '.join(wrong[:3])}"
         )
     if not folders:
         raise ValueError(f"{root}: no JPEG files; expected <video>/<track>_<frame>_<det>.jpg below it")
-    video, name, numbers = (np.concatenate(column) for column in zip(*columns))
+    name, video, number, frame = (np.concatenate(column) for column in zip(*columns))
     new = np.ones(len(name), bool)  # rows are sorted, so a tracklet starts where the video or the track number changes
-    new[1:] = (video[1:] != video[:-1]) | (numbers[1:, 0] != numbers[:-1, 0])
-    return Tracklets(root, folders, name, video.astype(np.int64), np.cumsum(new) - 1, numbers[:, 1].copy())
+    new[1:] = (video[1:] != video[:-1]) | (number[1:] != number[:-1])
+    tracklets = Tracklets(root, folders, name, video, np.cumsum(new) - 1, frame)
+    if len(tracklets) >= keep:
+        try:
+            with replacing(kept) as temporary, open(temporary, "wb") as out:
+                np.savez(out, stamp=stamp(root, visited), visited=visited, folders=folders, name=name, video=video, track=tracklets.track, frame=frame)
+        except OSError:  # no place to write: the next run scans again
+            pass
+    return tracklets
+
+
+def stamp(root, visited) -> str:
+    """A digest of the times at which folders last changed: files that came, went or were renamed."""
+    times = [os.stat(os.path.join(root, folder)).st_mtime_ns for folder in visited]
+    return hashlib.sha256(np.array(times, np.int64).tobytes()).hexdigest()
 
 
 def find_splits(root) -> tuple[Path, Path | None]:
@@ -113,15 +141,23 @@ def read_labels(file, tracklets: Tracklets) -> np.ndarray:
 
     Raises ValueError for anything but that format, for paths that leave the root, that are not in the index, or come twice.
     """
+    paths, ids = [], []
+
+    def take(entry):  # millions of dicts would take gigabytes: each is read and dropped
+        entry = dict(entry)
+        paths.append(os.fsencode(entry["file_path"]))
+        ids.append(entry["id"])
+
     try:
-        entries = json.loads(Path(file).read_bytes())
-        paths = np.array([os.fsencode(entry["file_path"]) for entry in entries])
-        ids = [entry["id"] for entry in entries]
+        entries = json.loads(Path(file).read_bytes(), object_pairs_hook=take)
+        if not isinstance(entries, list) or any(entry is not None for entry in entries) or len(entries) != len(ids):
+            raise ValueError("something else is in it")
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f'{file}: expected a JSON list of {{"file_path": ..., "id": ...}}; {error!r}') from None
-    if not entries or any(type(i) is not int or not 1 <= i < 2**62 for i in ids):
+    paths = np.array(paths)
+    if not ids or any(type(i) is not int or not 1 <= i < 2**62 for i in ids):
         raise ValueError(f"{file}: expected at least one entry and ids that are whole numbers from 1; got {ids[:3]}")
     outside = [p for p in paths if os.path.isabs(p) or b".." in p.split(b"/")]
     if outside:

@@ -189,8 +189,9 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
     return along(columns.flatten(2)).unflatten(2, x.shape[1:3]).permute(0, 2, 3, 1)
 
 
-def make_views(images: Tensor, kinds: list[Views], generator: torch.Generator, rank: int = 0, world_size: int = 1) -> list[Tensor]:
-    """Normalised views, each (B, 3, h, w) in channels_last, of this rank's uint8 images (B, 3, H, W): `copies` of every kind.
+def make_views(images: Tensor, kinds: list[Views], generator: torch.Generator, rank: int = 0, world_size: int = 1,
+               memory_format: torch.memory_format = torch.contiguous_format) -> list[Tensor]:  # fmt: skip
+    """Normalised views, each (B, 3, h, w), of this rank's uint8 images (B, 3, H, W): `copies` of every kind.
 
     Parameters are drawn for the global batch and each rank takes its rows, so views don't depend on the world size.
     """
@@ -199,7 +200,7 @@ def make_views(images: Tensor, kinds: list[Views], generator: torch.Generator, r
     for kind in kinds:
         drawn = kind.draw(kind.copies * B * world_size, canvas, generator)
         mine = {key: value.unflatten(0, (kind.copies, -1))[:, rank * B : rank * B + B] for key, value in drawn.items()}  # (copies, B, ...)
-        made = [torch.empty(B, 3, *kind.size, device=images.device, memory_format=torch.channels_last) for _ in range(kind.copies)]
+        made = [torch.empty(B, 3, *kind.size, device=images.device, memory_format=memory_format) for _ in range(kind.copies)]
         for start in range(0, B, chunk):
             rows = slice(start, start + chunk)
             x = normalize(kind.render(images[rows], {key: value[:, rows].flatten(0, 1) for key, value in mine.items()}))
@@ -230,6 +231,9 @@ class Network(nn.Module):
     def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
+        convolutional = sum(p.numel() for p in backbone.parameters() if p.ndim == 4) > sum(p.numel() for p in backbone.parameters()) / 2
+        self.memory_format = torch.channels_last if convolutional else torch.contiguous_format  # in which it runs faster
+        self.to(memory_format=self.memory_format)
 
     def forward(self, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
         """V crops, each (B, 3, h, w) -> unit vectors z (V, B, C) and the head's unit prototypes (D, C); z @ prototypes.T are the

@@ -24,7 +24,7 @@ class IBN(nn.Module):
         self.BN = nn.BatchNorm2d(channels - self.half)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.IN(x[:, : self.half].contiguous()), self.BN(x[:, self.half :].contiguous())], dim=1)
+        return torch.cat([self.IN(x[:, : self.half]), self.BN(x[:, self.half :])], dim=1)
 
 
 class BasicBlock(nn.Module):

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (
@@ -150,9 +151,6 @@ def check_settings(s: Settings) -> None:
             raise ValueError(f"--{stage}K has {len(Ks)} phases and --{stage}epochs {len(epochs)}: give each of {Ks} its epochs")
         if min(Ks) < 1 or min(epochs) < 0:
             raise ValueError(f"--{stage}K {Ks} --{stage}epochs {epochs}: expected K of 1 and more, epochs of 0 and more")
-        for K in Ks:
-            if s.batch % (K * s.accumulate):
-                raise ValueError(f"--batch {s.batch} in {s.accumulate} parts is not divisible by K={K}: each holds K images of each of its identities")
     for flag, known in (("centering", ("ema", "sinkhorn")), ("precision", ("auto", "float32", "bfloat16", "float16"))):
         if getattr(s, flag) not in known:
             raise ValueError(f"--{flag} {getattr(s, flag)}: expected {', '.join(known[:-1])} or {known[-1]}")
@@ -170,6 +168,10 @@ def check_settings(s: Settings) -> None:
     for flag in ("lr", "seed", "workers", "local_crops", "freeze_last", "epoch_steps"):
         if not getattr(s, flag) >= 0:
             raise ValueError(f"--{flag} {getattr(s, flag)}: expected a number of 0 or more")
+    for K in s.K + s.tracklet_K:
+        if s.batch % (K * s.accumulate):
+            parts = f" in {s.accumulate} parts" if s.accumulate > 1 else ""
+            raise ValueError(f"--batch {s.batch}{parts} is not divisible by K={K}: a batch holds K images of each of its identities")
     if s.name != Path(s.name).name:
         raise ValueError(f"--name {s.name}: expected the name of a folder below runs/, not a path")
     if not 0 <= s.warmup < 1:
@@ -236,7 +238,7 @@ class Run:
         torch.manual_seed(settings.seed)  # the same initial weights on every rank
         backbone = build(settings.arch)
         head = Head(backbone.embed_dim, settings.prototypes, settings.hidden, settings.bottleneck, settings.head_norm)
-        self.student = Network(backbone, head).to(self.device, memory_format=torch.channels_last)
+        self.student = Network(backbone, head).to(self.device)
         if self.device.type == "cuda" and self.world_size > 1:  # batch statistics over all processes; CPUs keep their own
             self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
@@ -365,8 +367,14 @@ def join_processes() -> tuple[int, int, torch.device]:
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
-    options = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1), **options)  # others wait while one denoises
+    if "RANK" in os.environ:  # torchrun's
+        store, rank, world_size = next(rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # after a restart the store still holds dead processes' addresses
+            store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    else:
+        store, rank, world_size = dist.HashStore(), 0, 1
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(days=1))  # others wait while one denoises
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -476,7 +484,7 @@ def train_step(run: Run, network: nn.Module, optimizer, scaler, images: torch.Te
     optimizer.param_groups[0]["weight_decay"] = now.weight_decay
 
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([s.seed, epoch, run.step]).generate_state(1)[0]))
-    views = make_views(images.to(run.device, non_blocking=True), view_kinds(s), generator, run.rank, run.world_size)
+    views = make_views(images.to(run.device, non_blocking=True), view_kinds(s), generator, run.rank, run.world_size, run.student.memory_format)
     parts = list(zip(*[view.chunk(s.accumulate) for view in views]))
     autocast = torch.autocast(run.device.type, run.precision, enabled=run.precision is not torch.float32)
     with torch.no_grad(), autocast:

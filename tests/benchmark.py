@@ -496,6 +496,64 @@ def augment(args) -> None:
                ["", "PIL and torchvision", "ours", "faster"], rows)  # fmt: skip
 
 
+# ---------------------------------------------------------------- the index
+
+
+def index_parts(images: int, videos: int, labelled: int, identities: int) -> dict:
+    """Seconds and GiB (peak) of reading a kept index, planning an epoch, writing and reading labels."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        root, random = Path(folder) / "set", np.random.default_rng(0)
+        folders = [f"city_{v % 100:02d}/video_{v:06d}" for v in range(videos)]
+        for video in folders:
+            (root / video).mkdir(parents=True)
+        track, frame = np.arange(images) // 23, np.arange(images) % 23
+        name = np.char.mod(b"%06d", track) + b"_" + np.char.mod(b"%07d", frame) + b"_00.jpg" if images < 10**5 else None
+        if name is None:  # the same for millions, without a Python object an image
+            digits = lambda x, n: (x[:, None] // 10 ** np.arange(n - 1, -1, -1) % 10 + 48).astype(np.uint8)
+            fixed = lambda text: np.broadcast_to(np.frombuffer(text, np.uint8), (images, len(text)))
+            name = np.concatenate([digits(track, 6), fixed(b"_"), digits(frame, 7), fixed(b"_00.jpg")], 1).view("S21")[:, 0]
+        visited = [".", *sorted({f[:7] for f in folders}), *folders]
+        np.savez(f"{root}.index.npz", stamp=data.stamp(root, visited), visited=visited, folders=folders, name=name,
+                 video=np.sort(random.integers(0, videos, images)), track=track, frame=frame)  # fmt: skip
+        del name, track, frame
+        with measured() as run:
+            tracklets = data.read_tracklets(root)
+        assert len(tracklets) == images
+        rows.append(["reading the index", f"{images:,} images, {videos:,} videos", run.seconds, run.peak])
+        del tracklets.name  # keep what follows apart
+        labels = np.sort(random.integers(0, identities, labelled))
+        for K in (2, 8):
+            with measured() as run:
+                plan = data.sample_identities(labels, K, 960, 0, 0)
+            rows.append([f"planning an epoch, K {K}", f"{labelled:,} images, {identities:,} identities: {len(plan):,} steps", run.seconds, run.peak])
+        part = data.read_tracklets(root)
+        part = data.Tracklets(root, part.folders, part.name[:labelled], part.video[:labelled], part.track[:labelled], part.frame[:labelled])
+        with measured() as run:
+            data.write_labels(root / "labels.json", part, labels)
+        rows.append(["writing labels", f"{labelled:,} images", run.seconds, run.peak])
+        with measured() as run:
+            again = data.read_labels(root / "labels.json", part)
+        assert (data.read_labels(root / "labels.json", part) == again).all() and len(np.unique(again)) == len(np.unique(labels))
+        rows.append(["reading labels", f"{labelled:,} images", run.seconds, run.peak])
+    with tempfile.TemporaryDirectory() as folder:  # and the scan, of real files
+        root = Path(folder) / "set"
+        for v in range(100):
+            (root / f"video_{v:03d}").mkdir(parents=True)
+            for i in range(500):
+                (root / f"video_{v:03d}" / f"{i // 20:06d}_{i:07d}_00.jpg").touch()
+        with measured() as run:
+            data.read_tracklets(root)
+        rows.append(["scanning folders, once", "50,000 images, 100 videos", run.seconds, run.peak])
+    return {"rows": rows}
+
+
+def index(args) -> None:
+    """Time and memory of the index, the sampler and labels at the size of LUPerson-NL and CION-AL."""
+    rows = in_a_process("index_parts", images=args.images, videos=args.videos, labelled=args.labelled, identities=args.identities)["rows"]
+    print_rows("The index", ["", "of", "seconds", "GiB"], [[what, of, f"{s:.2f}", f"{m:.2f}"] for what, of, s, m in rows])
+
+
 # ---------------------------------------------------------------- a training step
 
 
@@ -533,7 +591,7 @@ def our_step(student, teacher, optimizer, images, kinds, K: int, lap) -> None:
     import distill
     import train
 
-    views = distill.make_views(images, kinds, torch.Generator().manual_seed(0))
+    views = distill.make_views(images, kinds, torch.Generator().manual_seed(0), memory_format=student.memory_format)
     lap("data")
     with torch.no_grad():
         z, prototypes = teacher(views[:2])
@@ -571,7 +629,8 @@ def step(args) -> None:
     torch.manual_seed(0)
     backbone = model.build(args.arch)
     plain = distill.Network(backbone, model.Head(backbone.embed_dim, s.prototypes))
-    ours = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    ours = copy.deepcopy(plain)
+    plain.to(memory_format=torch.contiguous_format)
     networks = {"plain": (plain, copy.deepcopy(plain).requires_grad_(False)), "ours": (ours, copy.deepcopy(ours).requires_grad_(False))}
     adam = {"plain": torch.optim.AdamW(plain.parameters(), lr=1e-6), "ours": torch.optim.AdamW(ours.parameters(), lr=1e-6, fused=True)}
     with tempfile.TemporaryDirectory() as folder:
@@ -640,6 +699,12 @@ if __name__ == "__main__":
     command.add_argument("--batch", type=int, default=32)
     command.add_argument("--repeat", type=int, default=7)
     command.set_defaults(run=augment)
+    command = commands.add_parser("index", help=index.__doc__)
+    command.add_argument("--images", type=int, default=10_000_000)
+    command.add_argument("--videos", type=int, default=21_000)
+    command.add_argument("--labelled", type=int, default=4_000_000)
+    command.add_argument("--identities", type=int, default=250_000)
+    command.set_defaults(run=index)
     command = commands.add_parser("step", help=step.__doc__)
     command.add_argument("--arch", default="r50ibn")
     command.add_argument("--batch", type=int, default=16)

@@ -1,9 +1,17 @@
 """train.py: settings, schedules, and what is refused before the first step."""
+import dataclasses
+import json
 import math
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import train
 
@@ -40,6 +48,9 @@ def test_every_setting_has_a_line_of_help(capsys):
 @pytest.mark.parametrize("flags, message", [
     (["--arch", "resnet"], "unknown arch 'resnet'; known: r10ibn"),
     (["--batch", "30", "--K", "4", "--epochs", "1"], "--batch 30 is not divisible by K=4"),
+    (["--accumulate", "3"], "--batch 32 in 3 parts is not divisible"),
+    (["--accumulate", "0"], "expected a number above 0"),
+    (["--precision", "half"], "expected auto, float32, bfloat16 or float16"),
     (["--K", "2", "4", "--epochs", "1"], "2 phases and --epochs 1"),
     (["--K", "0", "--epochs", "1"], "expected K of 1"),
     (["--recipe", "quick"], "expected paper or demo"),
@@ -47,7 +58,7 @@ def test_every_setting_has_a_line_of_help(capsys):
     (["--sigma", "3"], r"lies in \[0, 2\]"),
     (["--tau", "nan"], r"lies in \[0, 2\]"),
     (["--window", "8"], "ranges must overlap"),
-    (["--teacher_temp", "0"], "expected a number above 0"),
+    (["--teacher_temp", "0.04", "0"], "expected a number above 0"),
     (["--save_every", "0"], "expected a number above 0"),
     (["--warmup", "1"], "expected a share of the steps"),
     (["--lr", "-1"], "--lr -1.0: expected a number of 0 or more"),
@@ -63,11 +74,22 @@ def test_settings_that_cannot_work_are_refused(flags, message):
 
 
 def test_schedules_at_their_corners():
-    lr = lambda step: train.learning_rate(step, total=100, warmup=10, peak=2.0, end=0.5)
-    assert lr(0) == pytest.approx(0.2) and lr(9) == pytest.approx(2.0) and lr(10) == pytest.approx(2.0)
-    assert lr(55) == pytest.approx(1.25) and lr(99) == pytest.approx(0.5 + 1.5 * (1 + math.cos(math.pi * 89 / 90)) / 2)
-    assert train.cosine(0, 10, 0.04, 0.4) == pytest.approx(0.04) and train.cosine(5, 10, 0.04, 0.4) == pytest.approx(0.22)
-    assert train.cosine(10, 10, 0.996, 1.0) == pytest.approx(1.0)
+    """10 + 6 epochs of 10 and 15 steps, by hand: warm-up end, phase change, middle and last step."""
+    s = train.Settings(batch=512, lr=1.0, min_lr=0.5, warmup=0.2, weight_decay=(0.04, 0.4), ema=(0.996, 1.0), teacher_temp=(0.02, 0.04))
+    total = 10 * 10 + 10 * 10
+    at = lambda step: train.schedule(s, step, total)
+    peak = 1.0 * 512 / 256
+    assert at(0) == (pytest.approx(peak / 40), pytest.approx(0.04), pytest.approx(0.996), pytest.approx(0.02))
+    assert at(20).lr == pytest.approx(peak * 21 / 40) and at(20).teacher_temp == pytest.approx(0.03)  # halfway up
+    assert at(39).lr == at(40).lr == pytest.approx(peak) and at(39).teacher_temp < 0.04  # the warm-up's last step and the next
+    assert at(40).teacher_temp == at(199).teacher_temp == 0.04
+    assert at(100) == (pytest.approx(0.5 + 1.5 * (1 + math.cos(math.pi * 60 / 160)) / 2), pytest.approx(0.22), pytest.approx(0.998), 0.04)  # phase change
+    assert at(120).lr == pytest.approx(1.25)  # halfway down
+    assert at(199).lr == pytest.approx(0.5 + 1.5 * (1 + math.cos(math.pi * 159 / 160)) / 2) and at(199).lr - 0.5 < 2e-4
+    assert 0.4 - at(199).weight_decay < 3e-5 and 1 - at(199).ema < 3e-7
+    lrs = [at(step).lr for step in range(total)]
+    assert np.all(np.diff(lrs[:40]) > 0) and np.all(np.diff(lrs[40:]) < 0)
+    assert train.schedule(dataclasses.replace(s, warmup=0.0), 0, total).lr == pytest.approx(peak)  # without a warm-up
 
 
 def test_steps_are_counted_over_all_phases():
@@ -79,9 +101,246 @@ def test_steps_are_counted_over_all_phases():
 def test_gradients_are_clipped_one_parameter_at_a_time():
     network = torch.nn.Linear(2, 2)
     network.weight.grad, network.bias.grad = torch.tensor([[3.0, 0], [0, 4]]), torch.tensor([0.3, 0.4])
-    train.clip_gradients(network, 2.5)
+    torch.testing.assert_close(train.clip_gradients(network, 2.5), torch.tensor([5.0, 0.5]))
     torch.testing.assert_close(network.weight.grad, torch.tensor([[1.5, 0], [0, 2]]), atol=1e-5, rtol=0)
     torch.testing.assert_close(network.bias.grad, torch.tensor([0.3, 0.4]))
-    network.bias.grad[0] = torch.inf
-    with pytest.raises(FloatingPointError, match="a gradient is not finite"):
-        train.clip_gradients(network, 2.5)
+
+
+def test_precision_is_what_was_asked_for():
+    cpu = torch.device("cpu")
+    assert [train.choose_precision(name, cpu) for name in ("auto", "bfloat16", "float16")] == [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_not_read(tmp_path):
+    torch.save({"weights": torch.arange(5000.0), "step": 3}, tmp_path / "last.pt")
+    state = train.read_state(tmp_path / "last.pt", torch.device("cpu"))
+    assert state["step"] == 3 and state["weights"][-1] == 4999
+    whole = bytearray((tmp_path / "last.pt").read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(whole)
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name in ("flipped.pt", "half.pt", "empty.pt"):
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            train.read_state(tmp_path / name, torch.device("cpu"))
+
+
+# ---------------------------------------------------------------- the same run in other ways
+
+DRIVER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+from torch import nn
+import data, train
+
+torch.set_num_threads(1)
+
+class WithoutBatchStatistics(nn.Module):  # so that any split of a batch computes the same
+    embed_dim = 32
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.GroupNorm(2, 16), nn.ReLU(), nn.Conv2d(16, 32, 2, 2), nn.GroupNorm(2, 32), nn.ReLU())
+
+    def forward(self, x):
+        return self.layers(x).mean((2, 3))
+
+train.build = lambda arch: WithoutBatchStatistics()
+{more}
+try:
+    train.main()
+except (ValueError, FloatingPointError) as error:
+    sys.exit(f"train.py: {{error}}")
+"""
+FIVE_STEPS = "--recipe demo --arch small --size 32 16 --local_size 32 16 --canvas 32 16 --batch 16 --hidden 32 --bottleneck 16 --prototypes 32 --no-head_norm " \
+             "--K 4 --epochs 1 --epoch_steps 5 --log_every 1 --workers 0 --lr 1e-2 --name run".split()  # fmt: skip
+
+
+def drive(folder, walkers, *flags, processes=1, more="", torchrun=(), fails=False):
+    """Run train.py with a network without batch statistics on true identities, five steps; its output and its folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), more=more))
+    launcher = [sys.executable, *(["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *torchrun] if processes > 1 or torchrun else [])]
+    command = [*launcher, folder / "driver.py", "--data", walkers, "--labels", walkers / "train.json", *FIVE_STEPS, *flags]
+    result = subprocess.run([*map(str, command)], cwd=folder, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300)
+    assert (result.returncode != 0) == fails, result.stdout + result.stderr
+    return result.stdout + result.stderr, folder / "runs" / "run"
+
+
+def outcome(run):
+    """Losses of all steps, and the student's and teacher's weights at the end."""
+    losses = [e["loss"] for e in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if e["event"] == "train"]
+    state = torch.load(run / "last.pt", weights_only=True)
+    assert state["stage"] == "done"
+    return losses, {f"{part}.{name}": value for part in ("student", "teacher") for name, value in state[part].items()}
+
+
+def assert_same(one, other, tolerance=1e-5):
+    assert len(one[0]) == len(other[0]) == 5
+    np.testing.assert_allclose(one[0], other[0], atol=tolerance, rtol=0)
+    assert one[1].keys() == other[1].keys()
+    for name in one[1]:
+        torch.testing.assert_close(one[1][name], other[1][name], atol=tolerance, rtol=0, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.fixture(scope="module", params=["ema", "sinkhorn"])
+def five_steps(request, walkers, tmp_path_factory):
+    """Five steps in one process: flags, and the outcome."""
+    flags = ["--centering", request.param]
+    _, run = drive(tmp_path_factory.mktemp("one"), walkers, *flags)
+    return flags, outcome(run)
+
+
+@pytest.fixture(scope="module")
+def five(walkers, tmp_path_factory):
+    """The same by the running center alone: its outcome."""
+    return outcome(drive(tmp_path_factory.mktemp("one"), walkers, "--centering", "ema")[1])
+
+
+def test_two_processes_with_half_the_batch_equal_one(five_steps, walkers, tmp_path):
+    flags, one = five_steps
+    assert len(set(one[0])) == 5  # it learns
+    assert_same(one, outcome(drive(tmp_path / "two", walkers, *flags, processes=2)[1]))
+
+
+def test_accumulated_parts_equal_the_whole_batch(five_steps, walkers, tmp_path):
+    flags, one = five_steps
+    assert_same(one, outcome(drive(tmp_path / "parts", walkers, *flags, "--accumulate", 4)[1]))
+    assert_same(one, outcome(drive(tmp_path / "both", walkers, *flags, "--accumulate", 2, processes=2)[1]))
+
+
+def test_the_number_of_workers_changes_nothing(five, walkers, tmp_path):
+    other = outcome(drive(tmp_path / "workers", walkers, "--centering", "ema", "--workers", 2)[1])
+    assert five[0] == other[0] and all(torch.equal(five[1][name], other[1][name]) for name in five[1])
+
+
+def test_another_seed_changes_everything(five, walkers, tmp_path):
+    other = outcome(drive(tmp_path / "seed", walkers, "--centering", "ema", "--seed", 1)[1])
+    assert min(abs(a - b) for a, b in zip(five[0], other[0])) > 1e-4
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_goes_the_same_way(precision, five, walkers, tmp_path):
+    """One code path: autocast, and for float16 the scaler, whose gradients are clipped unscaled: with the norms of float32."""
+    tell = "def clip(*args, of=train.clip_gradients):\n    norms = of(*args)\n    print('largest norm', norms.max().item())\n    return norms\n" \
+           "train.clip_gradients = clip\ntorch.amp.GradScaler.__init__.__defaults__ = ('cuda', 8.0, *torch.amp.GradScaler.__init__.__defaults__[2:])"  # fmt: skip
+    norms, results = [], []
+    for name in ("float32", precision):
+        output, run = drive(tmp_path / name, walkers, "--precision", name, "--centering", "ema", more=tell)
+        norms.append([float(line.split()[-1]) for line in output.splitlines() if line.startswith("largest norm")])
+        results.append(outcome(run))
+    exact, half = results
+    assert exact[0] == five[0] != half[0]
+    np.testing.assert_allclose(half[0], exact[0], atol=0.05, rtol=0)
+    np.testing.assert_allclose(norms[1], norms[0], rtol=0.1)
+    state = torch.load(tmp_path / precision / "runs" / "run" / "previous.pt", weights_only=True)
+    assert state["scaler"].get("scale") == (8 if precision == "float16" else None)
+
+
+def test_a_scaler_that_starts_too_high_skips_steps_and_goes_on(walkers, tmp_path):
+    _, run = drive(tmp_path, walkers, "--precision", "float16", "--centering", "ema", "--epoch_steps", 10)
+    state = torch.load(run / "previous.pt", weights_only=True)
+    assert 8 < state["scaler"]["scale"] < 65536 and all(torch.isfinite(value).all() for value in state["student"].values())
+
+
+def test_a_run_goes_on_with_another_number_of_processes(five, walkers, tmp_path):
+    stop = "count = 0\ndef step(*args, of=train.train_step):\n    global count\n    count += 1\n    if count == 4: os.kill(os.getpid(), signal.SIGKILL)\n" \
+           "    return of(*args)\ntrain.train_step = step"  # fmt: skip
+    drive(tmp_path, walkers, "--centering", "ema", "--save_every", 2, more=stop, fails=True)
+    output, run = drive(tmp_path, walkers, "--centering", "ema", "--save_every", 2, processes=2)
+    assert "step 2" in output and "resume" in output
+    assert_same(five, outcome(run))
+
+
+def test_two_machines_equal_one(five, walkers, tmp_path):
+    """Two torchrun agents that meet on the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = lambda rank: ["--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    with ThreadPoolExecutor() as pool:
+        outputs = list(pool.map(lambda rank: drive(tmp_path, walkers, "--centering", "ema", torchrun=meet(rank)), range(2)))
+    assert [("stage 2" in output) for output, _ in outputs] == [True, False]  # one of them speaks
+    assert_same(five, outcome(outputs[0][1]))
+
+
+def test_torchrun_restarts_a_run_of_which_one_process_died(five, walkers, tmp_path):
+    die = "count = 0\ndef step(*args, of=train.train_step):\n    global count\n    count += 1\n" \
+          "    if count == 4 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': os.kill(os.getpid(), signal.SIGKILL)\n" \
+          "    return of(*args)\ntrain.train_step = step"  # fmt: skip
+    output, run = drive(tmp_path, walkers, "--centering", "ema", "--save_every", 2, processes=2, more=die, torchrun=["--max-restarts=1"])
+    assert "resume" in output and "step 2" in output
+    assert_same(five, outcome(run))
+
+
+def test_processes_that_see_different_checkpoints_are_refused(walkers, tmp_path):
+    """As on machines that do not share the folder: one finds a checkpoint, the other none."""
+    drive(tmp_path, walkers)
+    apart = "if os.environ['RANK'] == '1': train.Path = lambda *parts: __import__('pathlib').Path('elsewhere', *parts) if parts == ('runs',) else __import__('pathlib').Path(*parts)"
+    output, _ = drive(tmp_path, walkers, processes=2, more=apart, fails=True)
+    assert "must be on a file system that all machines share" in output
+
+
+KILLS = """
+kind, count = {kind!r}, {count}
+
+def after(calls, function):
+    def wrapped(*args, **kwargs):
+        global count
+        count -= 1
+        return function(*args, last=count == 0, **kwargs)
+    return wrapped
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if kind == "step":
+    train.train_step = after(count, lambda *args, last, of=train.train_step: die() if last else of(*args))
+if kind == "writing":  # half of a checkpoint is on the disk
+    def save(state, file, last, of=torch.save):
+        of(state, file)
+        if last:
+            os.truncate(file, os.path.getsize(file) // 2)
+            die()
+    torch.save = after(count, save)
+if kind == "renaming":  # the old checkpoint has been moved, the new one not yet
+    def replace(source, target, last, of=os.replace):
+        of(source, target)
+        if last:
+            die()
+    moving = after(count, replace)
+    data.os.replace = lambda a, b, of=os.replace: moving(a, b) if str(b).endswith("previous.pt") else of(a, b)
+"""
+
+
+@pytest.mark.parametrize("kills", [
+    [("step", 3), ("writing", 2), ("renaming", 1)],
+    [("renaming", 2), ("renaming", 1), ("writing", 1)],
+])  # fmt: skip
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(kills, five, walkers, tmp_path):
+    """SIGKILL before a step, in the middle of writing a checkpoint, between the two renames: the same command ends with the same bits."""
+    for kind, count in kills:
+        drive(tmp_path, walkers, "--centering", "ema", "--save_every", 1, more=KILLS.format(kind=kind, count=count), fails=True)
+    output, run = drive(tmp_path, walkers, "--centering", "ema", "--save_every", 1)
+    assert "resume" in output
+    losses, weights = outcome(run)
+    assert losses == five[0] and all(torch.equal(weights[name], five[1][name]) for name in weights)
+    assert not list(run.glob(".*"))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(five, walkers, tmp_path):
+    drive(tmp_path, walkers, "--centering", "ema", "--save_every", 1, more=KILLS.format(kind="step", count=4), fails=True)
+    last = tmp_path / "runs" / "run" / "last.pt"
+    whole = bytearray(last.read_bytes())
+    whole[len(whole) // 2] ^= 255
+    last.write_bytes(whole)
+    output, run = drive(tmp_path, walkers, "--centering", "ema", "--save_every", 1)
+    assert "last.pt is damaged" in output and "going back to previous.pt" in output and "step 2" in output
+    losses, weights = outcome(run)
+    assert losses == five[0] and all(torch.equal(weights[name], five[1][name]) for name in weights)
+    assert (run / "damaged.pt").read_bytes() == whole
+    for name in ("last.pt", "previous.pt"):
+        (run / name).write_bytes(b"")
+    output, _ = drive(tmp_path, walkers, "--centering", "ema", "--save_every", 1, fails=True)
+    assert "last.pt is damaged" in output and "previous.pt is damaged" in output and "start anew" in output
