@@ -53,6 +53,40 @@ def test_missing_and_empty_folders_are_refused(tmp_path):
         data.read_tracklets(tmp_path)
 
 
+def same(a, b):
+    return a.folders == b.folders and all((getattr(a, key) == getattr(b, key)).all() for key in ("name", "video", "track", "frame"))
+
+
+def test_a_kept_index_is_read_until_a_folder_changes(tmp_path, monkeypatch):
+    root = make_tree(tmp_path / "set", FILES)
+    scanned = data.read_tracklets(root, keep=5)
+    assert (tmp_path / "set.index.npz").is_file() and not list(tmp_path.glob(".*"))
+    walk = data.os.walk
+    monkeypatch.setattr(data.os, "walk", lambda *args, **kwargs: pytest.fail("scanned again"))
+    assert same(data.read_tracklets(f"{root}/"), scanned)
+    monkeypatch.setattr(data.os, "walk", walk)
+    for change in (lambda: make_tree(root, ["x/z/000001_0000003_00.jpg"]), lambda: (root / FILES[0]).unlink()):
+        before = len(data.read_tracklets(root, keep=5))
+        change()
+        assert len(data.read_tracklets(root, keep=5)) != before
+        assert same(data.read_tracklets(root, keep=5), data.read_tracklets(root, keep=10**9))
+
+
+def test_a_small_index_is_not_kept_and_a_wrong_one_not_believed(tmp_path):
+    root, kept = make_tree(tmp_path / "set", FILES), tmp_path / "set.index.npz"
+    scanned = data.read_tracklets(root)
+    assert not kept.exists()
+    data.read_tracklets(root, keep=1)
+    whole = kept.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"no index"):
+        kept.write_bytes(damaged)
+        assert same(data.read_tracklets(root), scanned)
+    for key, value in (("folders", ["a", "b", "../.."]), ("folders", ["a", "b", "/etc"]), ("name", np.array([b"../1_1_1.jpg"] * 5))):
+        kept.write_bytes(whole)
+        np.savez(kept, **{**np.load(kept), key: value})  # paths that leave the root
+        assert same(data.read_tracklets(root), scanned)
+
+
 def test_labels_make_the_round_trip_in_the_published_format(tmp_path):
     t = data.read_tracklets(make_tree(tmp_path / "set", FILES))
     labels = np.array([1, -1, 0, 1, 2])
@@ -77,6 +111,11 @@ def test_ids_are_written_contiguous_from_one(tmp_path):
     ([{"file_path": FILES[0], "id": 1}, {"file_path": FILES[0], "id": 2}], "more than once"),
     ([{"path": FILES[0], "id": 1}], "expected a JSON list"),
     ({"file_path": FILES[0]}, "expected a JSON list"),
+    ({"file_path": FILES[0], "id": 1}, "expected a JSON list"),
+    ([[{"file_path": FILES[0], "id": 1}]], "expected a JSON list"),
+    ([{"file_path": FILES[0], "id": 1}, 3], "expected a JSON list"),
+    ([{"file_path": 7, "id": 1}], "expected a JSON list"),
+    (7, "expected a JSON list"),
     ([], "at least one entry"),
 ])  # fmt: skip
 def test_broken_annotations_are_refused(tmp_path, entries, message):
