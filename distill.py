@@ -56,7 +56,7 @@ class Views:
         n is a multiple of B: all images once, all images again, and so on."""
         x = jitter(crop_resize(images, drawn, self.size), drawn, self.jitter)
         x = at(x, drawn["grey"], lambda x: grey(x).repeat(1, 3, 1, 1))
-        x = at(x, drawn["sigma"] > 0, blur, drawn["sigma"])
+        x = at(x, drawn["sigma"] > 0, lambda x, sigma: blur(x, sigma, self.blur_sigma), drawn["sigma"])
         return at(x, drawn["solarize"], lambda x: torch.where(x >= 0.5, 1 - x, x))
 
 
@@ -175,9 +175,9 @@ ADJUST = (
 )
 
 
-def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (n, 3, h, w), cut off at 3 sigma, with a sigma (n, 1, 1, 1) in pixels for every view."""
-    reach, sigma = int(3 * sigma.max()), sigma[:, 0]
+def blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
+    """Gaussian blur of (n, 3, h, w), cut off at 3 sigma, with a sigma (n, 1, 1, 1) of up to `largest` pixels for every view."""
+    reach, sigma = int(3 * largest), sigma[:, 0]
 
     def along(lines):  # (n, L, C)
         offset = torch.arange(-reach, reach + 1, device=x.device)

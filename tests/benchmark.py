@@ -355,10 +355,11 @@ def double_loop(student, p, K: int, temp: float = 0.1):
             if u == v:
                 continue
             loss = H(p[u], student[v])
+            teachers, students = (x.unflatten(0, (-1, K)).unbind(1) for x in (p[u], student[v]))  # the i-th image of every identity
             for i in range(K):
                 for j in range(K):
                     if i != j:
-                        loss = loss + H(p[u, i::K], student[v, j::K])
+                        loss = loss + H(teachers[i], students[j])
             total, pairs = total + loss / (K * (K - 1) + 1), pairs + 1
     return total / pairs
 

@@ -42,7 +42,7 @@ def test_colour_equals_torchvisions(operation, reference, factors):
 
 def test_blur_equals_torchvisions_inside():
     images = uint8_images(2).float() / 255
-    got = distill.blur(images, torch.tensor([0.8, 1.5])[:, None, None, None])
+    got = distill.blur(images, torch.tensor([0.8, 1.5])[:, None, None, None], 1.5)
     for i, sigma in enumerate((0.8, 1.5)):
         want = TF.gaussian_blur(images[i], [2 * int(3 * sigma) + 1] * 2, sigma)  # 3 sigma each way
         torch.testing.assert_close(got[i, :, 8:-8, 8:-8], want[:, 8:-8, 8:-8], atol=1e-4, rtol=0)

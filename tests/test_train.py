@@ -210,6 +210,21 @@ def test_accumulated_parts_equal_the_whole_batch(five_steps, walkers, tmp_path):
     assert_same(one, outcome(drive(tmp_path / "both", walkers, *flags, "--accumulate", 2, processes=2)[1]))
 
 
+def test_frozen_prototypes_stay_and_the_rest_learns(walkers, tmp_path):
+    _, frozen = outcome(drive(tmp_path / "frozen", walkers, "--centering", "ema", "--freeze_last", 1)[1])
+    same = lambda name: torch.equal(frozen[f"student.{name}"], frozen[f"teacher.{name}"])  # both began alike
+    assert same("head.last_layer.weight") and not same("head.mlp.0.weight") and not same("backbone.layers.0.weight")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--teacher_temp", 100, 100), "uniform collapse"),
+    (("--teacher_temp", 0.01, 0.01, "--center_momentum", 1), "collapse to one prototype"),
+])  # fmt: skip
+def test_a_collapse_is_named_once(flags, words, walkers, tmp_path):
+    output, _ = drive(tmp_path, walkers, "--centering", "ema", *flags, "--epoch_steps", 20)
+    assert output.count(words) == 1 and output.count("warning ") == 1
+
+
 def test_the_number_of_workers_changes_nothing(five, walkers, tmp_path):
     other = outcome(drive(tmp_path / "workers", walkers, "--centering", "ema", "--workers", 2)[1])
     assert five[0] == other[0] and all(torch.equal(five[1][name], other[1][name]) for name in five[1])
