@@ -5,7 +5,6 @@ a synthetic set of tracklets whose true identities are known.
 
 Read first: `read_tracklets`, `sample_identities`, `draw_walkers`.
 """
-import hashlib
 import json
 import math
 import os
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg, read_file
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
 # ---------------------------------------------------------------- index
 
@@ -70,14 +69,15 @@ def read_tracklets(root, keep: int = 100_000) -> Tracklets:
             with np.load(kept) as file:  # no pickles: arrays only
                 folders, name = file["folders"].tolist(), file["name"]
                 inside = b"/" not in name.tobytes() and not any(os.path.isabs(f) or ".." in f.split("/") for f in folders)
-                if inside and str(file["stamp"]) == stamp(root, file["visited"]):
+                if inside and np.array_equal(file["changed"], [last_change(os.path.join(root, folder)) for folder in file["visited"]]):
                     return Tracklets(root, folders, name, file["video"], file["track"], file["frame"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # damaged: scanned again
-    visited, folders, columns, wrong = [], [], [], []
+    changed, folders, columns, wrong = {".": last_change(root)}, [], [], []
     for folder, below, files in os.walk(root, followlinks=True):
         below.sort()
-        visited.append(os.path.relpath(folder, root))
+        here = os.path.relpath(folder, root)
+        changed |= {os.path.join(here, name): last_change(os.path.join(folder, name)) for name in below}  # before they are listed
         names = sorted(os.fsencode(file) for file in files if file.lower().endswith((".jpg", ".jpeg")))
         matches = [FILE_NAME.fullmatch(name) for name in names]
         wrong += [os.path.join(folder, os.fsdecode(name)) for name, match in zip(names, matches) if not match]
@@ -85,7 +85,7 @@ def read_tracklets(root, keep: int = 100_000) -> Tracklets:
             numbers = np.array([match.groups() for match in matches]).astype(np.int64)  # (n, 3)
             order = np.lexsort(numbers.T[::-1])
             columns.append((np.array(names)[order], np.full(len(names), len(folders)), *numbers[order, :2].T))
-            folders.append("" if folder == str(root) else visited[-1])
+            folders.append("" if here == "." else here)
     if wrong:
         raise ValueError(
             f"{root}: {len(wrong):,} JPEG names are not <track>_<frame>_<det>.jpg (three numbers), the first: {', '.join(wrong[:3])}"
@@ -99,16 +99,15 @@ def read_tracklets(root, keep: int = 100_000) -> Tracklets:
     if len(tracklets) >= keep:
         try:
             with replacing(kept) as temporary, open(temporary, "wb") as out:
-                np.savez(out, stamp=stamp(root, visited), visited=visited, folders=folders, name=name, video=video, track=tracklets.track, frame=frame)
+                np.savez(out, changed=list(changed.values()), visited=list(changed), folders=folders, name=name, video=video, track=tracklets.track, frame=frame)
         except OSError:  # no place to write: the next run scans again
             pass
     return tracklets
 
 
-def stamp(root, visited) -> str:
-    """A digest of the times at which folders last changed: files that came, went or were renamed."""
-    times = [os.stat(os.path.join(root, folder)).st_mtime_ns for folder in visited]
-    return hashlib.sha256(np.array(times, np.int64).tobytes()).hexdigest()
+def last_change(folder) -> int:
+    """When a file last came to, left or was renamed in a folder, nanoseconds."""
+    return os.stat(folder).st_mtime_ns
 
 
 def find_splits(root) -> tuple[Path, Path | None]:
@@ -184,7 +183,7 @@ class replacing:
 
     def __init__(self, file, keep: bool = True):
         self.file, self.keep = Path(file), keep
-        self.temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+        self.temporary = self.file.with_name(f".{self.file.name}.{os.uname().nodename}.{os.getpid()}")
 
     def __enter__(self) -> Path:
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +215,8 @@ class Images(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, bool]:
         try:
-            image = decode_jpeg(read_file(str(self.tracklets.root / self.tracklets.path(i))), ImageReadMode.RGB)
+            file = np.fromfile(self.tracklets.root / self.tracklets.path(i), np.uint8)  # any name that the file system has
+            image = decode_jpeg(torch.from_numpy(file), ImageReadMode.RGB)
         except (RuntimeError, OSError):
             return torch.zeros(3, *self.canvas, dtype=torch.uint8), False
         if image.shape[1:] != self.canvas:

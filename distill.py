@@ -75,7 +75,7 @@ def random_boxes(n: int, canvas: tuple[int, int], scale, ratio, generator: torch
     where = torch.rand(2, n, generator=generator)
     top, left = (where[0] * (H - height + 1)).floor(), (where[1] * (W - width + 1)).floor()
     allowed = min(max(W / H, ratio[0]), ratio[1])
-    whole = torch.tensor([min(H, round(W / allowed)), min(W, round(H * allowed))])
+    whole = torch.tensor([min(H, max(1, round(W / allowed))), min(W, max(1, round(H * allowed)))])
     centred = torch.tensor([(H - whole[0]) // 2, (W - whole[1]) // 2, *whole]).float()
     return torch.where(fits.any(1), torch.stack([top, left, height, width]), centred[:, None])
 
@@ -106,7 +106,7 @@ def crop_resize(images: Tensor, drawn: dict[str, Tensor], size: tuple[int, int])
     last step needs no transposition."""
     columns = images.permute(0, 3, 1, 2).contiguous().float().div_(255)  # (B, W, 3, H)
     index, weight = resize_taps(drawn["left"], drawn["width"], size[1], images.device)
-    flip = drawn["flip"].to(images.device)[:, None, None]
+    flip = drawn["flip"].to(images.device, non_blocking=True)[:, None, None]
     x = mix_lines(columns.flatten(2), torch.where(flip, index.flip(1), index), torch.where(flip, weight.flip(1), weight))
     rows = x.unflatten(2, columns.shape[2:]).transpose(1, 3)  # (n, H, 3, w)
     x = mix_lines(rows.flatten(2), *resize_taps(drawn["top"], drawn["height"], size[0], images.device))
@@ -120,7 +120,9 @@ def jitter(x: Tensor, drawn: dict[str, Tensor], strengths: tuple) -> Tensor:
     """
     now = torch.arange(len(x))  # which view is where
     used = [operation for operation, strength in enumerate(strengths) if strength]
-    for place in range(4) if used else ():
+    if not used:
+        return x
+    for place in range(4):
         turn = torch.where(drawn["jitter"], drawn["order"][:, place], -1)[now]
         groups = [(turn == operation).nonzero()[:, 0] for operation in used]
         rest = torch.isin(turn, torch.tensor(used), invert=True).nonzero()[:, 0]
@@ -196,7 +198,7 @@ def make_views(images: Tensor, kinds: list[Views], generator: torch.Generator, r
     Parameters are drawn for the global batch and each rank takes its rows, so views don't depend on the world size.
     """
     B, canvas, views = len(images), tuple(images.shape[2:]), []
-    chunk = 4 if images.device.type == "cpu" else B  # what a CPU's cache holds
+    chunk = max(1, 2**17 // (canvas[0] * canvas[1])) if images.device.type == "cpu" else B  # pixels that a CPU's cache holds
     for kind in kinds:
         drawn = kind.draw(kind.copies * B * world_size, canvas, generator)
         mine = {key: value.unflatten(0, (kind.copies, -1))[:, rank * B : rank * B + B] for key, value in drawn.items()}  # (copies, B, ...)
@@ -265,7 +267,7 @@ def identity_loss(student: Tensor, teacher: Tensor, center: Tensor, K: int, stud
     identity, K images of each contiguous; ValueError where K does not divide B. Training has the same in less memory:
     `matching_loss`.
     """
-    targets = student_targets(torch.softmax((teacher - center) / teacher_temp, dim=-1), K, len(student))
+    targets = student_targets(torch.softmax((teacher.detach() - center) / teacher_temp, dim=-1), K, len(student))
     return -sum((target * F.log_softmax(logits / student_temp, dim=-1)).sum() for target, logits in zip(targets, student))
 
 
@@ -324,7 +326,7 @@ class MatchCrops(torch.autograd.Function):
 
 def matching_loss(z: Tensor, prototypes: Tensor, p: Tensor, K: int, student_temp: float = 0.1) -> Tensor:
     """The loss for unit vectors z (V, B, C) and prototypes (D, C), which give the student's logits, and teacher probabilities
-    p (2, B, D), in float32 even under autocast: a logit is divided by a temperature and told from D others."""
+    p (2, B, D), in float32 (on a GPU with TF32) even under autocast: a logit is divided by a temperature and told from D others."""
     precise = torch.promote_types(z.dtype, torch.float32)
     with torch.autocast(z.device.type, enabled=False):
         return MatchCrops.apply(z.to(precise), prototypes.to(precise), p, K, student_temp)
@@ -342,9 +344,9 @@ def all_reduce(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
 
 @torch.no_grad()
 def update_center(center: Tensor, teacher: Tensor, momentum: float = 0.9) -> Tensor:
-    """EMA of the teacher's mean logits over the global batch. center (D,), teacher (2, B, D) -> (D,)."""
-    count = all_reduce(teacher.new_tensor(teacher.shape[0] * teacher.shape[1], dtype=torch.float32))
-    return center.lerp(all_reduce(teacher.float().sum((0, 1))) / count, 1 - momentum)
+    """EMA of the teacher's mean logits over the global batch. center (D,), teacher (2, B, D) with the same B everywhere -> (D,)."""
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    return center.lerp(all_reduce(teacher.float().mean((0, 1))) / processes, 1 - momentum)
 
 
 @torch.no_grad()

@@ -306,7 +306,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in th
 
 def normalize(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] -> zero mean, unit variance over ImageNet."""
-    mean, std = images.new_tensor(MEAN), images.new_tensor(STD)
+    mean, std = torch.tensor([MEAN, STD], dtype=images.dtype).to(images.device, non_blocking=True)  # which is not waited for
     return (images - mean[:, None, None]).div_(std[:, None, None])
 
 

@@ -7,10 +7,12 @@ Read first: `Settings`, `main`, `train_stage`.
 """
 import argparse
 import copy
+import fcntl
 import inspect
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import sys
@@ -159,6 +161,10 @@ def check_settings(s: Settings) -> None:
     for flag in ("size", "local_size"):
         if getattr(s, flag)[0] < 32 or getattr(s, flag)[1] < 16:
             raise ValueError(f"--{flag} {getattr(s, flag)}: the networks need at least 32 16")
+    for flag, most in (("global_scale", 1), ("local_scale", 1), ("ratio", math.inf)):
+        low, high = getattr(s, flag)
+        if not 0 < low <= high <= most:
+            raise ValueError(f"--{flag} {low} {high}: expected two numbers above 0, the smaller first" + (", at most 1" if most == 1 else ""))
     for flag in ("sigma", "tau"):
         if not getattr(s, flag) <= 2:
             raise ValueError(f"--{flag} {getattr(s, flag)}: a cosine distance lies in [0, 2]")
@@ -246,6 +252,7 @@ class Run:
             self.student.backbone.compile()
             self.teacher.backbone.compile()
         self.center = torch.zeros(settings.prototypes, device=self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
         self.finite = torch.ones((), device=self.device)  # 0 once a loss or gradient was not; read now and then
         self.unreadable = set()
         self.tensorboard = None
@@ -264,7 +271,7 @@ class Run:
                 if isinstance(value, float):
                     self.tensorboard.add_scalar(f"{event}/{values.get('stage', '')}/{key}", value, values.get("step", 0))
 
-    def save(self, optimizer=None, scaler=None) -> None:
+    def save(self, optimizer=None) -> None:
         """Write last.pt beside the old one and to the disk before it takes its place, so that a crash at any moment destroys
         nothing; the old one is kept as previous.pt."""
         average_buffers(self.teacher, self.world_size)
@@ -272,7 +279,7 @@ class Run:
             log, last = self.folder / "log.jsonl", self.folder / "last.pt"
             checkpoint = {
                 "student": self.student.state_dict(), "teacher": self.teacher.state_dict(), "center": self.center,
-                "optimizer": optimizer.state_dict() if optimizer else None, "scaler": scaler.state_dict() if scaler else None,
+                "optimizer": optimizer.state_dict() if optimizer else None, "scaler": self.scaler.state_dict(),
                 "stage": self.stage, "step": self.step, "results": self.results, "unreadable": sorted(self.unreadable),
                 "settings": asdict(self.settings), "log_bytes": log.stat().st_size if log.exists() else 0,
             }  # fmt: skip
@@ -283,10 +290,15 @@ class Run:
         dist.barrier()
 
     def resume(self) -> None:
-        """Take up what the folder holds: last.pt, or previous.pt where that is missing or damaged. Raises ValueError if both
-        are, if they were made with other settings, or if processes find different ones."""
+        """Take up what the folder holds: last.pt, or previous.pt where that is missing or damaged. Raises ValueError if both are,
+        if they were made with other settings, if processes find different ones, or another run works in the folder."""
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process, however it ends
+            except OSError:
+                raise ValueError(f"another run works in {self.folder}; wait for its end, or give another --name") from None
             for left in self.folder.glob(".last.pt.*"):  # of a save that was cut short
                 left.unlink()
         dist.barrier()
@@ -294,13 +306,14 @@ class Run:
         files = [file for file in (self.folder / "last.pt", self.folder / "previous.pt") if file.exists()]
         for file in files:
             try:
-                found = read_state(file, self.device)
+                found = read_state(file)
                 break
             except ValueError as error:
                 wrong.append(str(error))
         if files and not found:
             raise ValueError(f"{'; '.join(wrong)}. Delete {self.folder} to start anew, or give another --name")
-        self.agree(found and (found["stage"], found["step"]), f"{self.folder} must be on a file system that all machines share")
+        state = (found["stage"], found["step"]) if found else self.folder.is_dir() and "nothing"
+        self.agree(state, f"{self.folder} must be on a file system that all machines share")
         if not found:
             if self.rank == 0:
                 log.unlink(missing_ok=True)  # of a start that came to nothing
@@ -313,7 +326,8 @@ class Run:
         self.teacher.load_state_dict(found["teacher"])
         self.center.copy_(found["center"])
         self.stage, self.step, self.results = found["stage"], found["step"], found["results"]
-        self.resumed, self.unreadable = found, set(found["unreadable"])
+        self.resumed, self.unreadable = found["optimizer"], set(found["unreadable"])
+        self.scaler.load_state_dict(found["scaler"])
         if self.rank == 0:
             if wrong:
                 os.replace(files[0], self.folder / "damaged.pt")
@@ -332,8 +346,8 @@ class Run:
 
     def check_finite(self) -> None:
         """Raise FloatingPointError where a loss or a gradient of any process was not finite since the start. Reading it waits
-        for the device, so it is done before logging and saving only."""
-        if not all_reduce(self.finite.clone(), dist.ReduceOp.MIN):
+        for the device, so it is done before logging and saving only. A scaler meets infinities by design, but finds its scale."""
+        if not all_reduce(self.finite.clone(), dist.ReduceOp.MIN) or self.scaler.get_scale() < 1:
             raise FloatingPointError(f"a loss or a gradient is not finite by step {self.step} of stage {self.stage!r}; {self.folder}/last.pt is the "
                                      f"last good state. Try a lower --lr (now {self.settings.lr}) under another --name")  # fmt: skip
 
@@ -387,15 +401,16 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def read_state(file: Path, device: torch.device) -> dict:
-    """A checkpoint of ours, whole: its checksums are compared, which torch.load does not. Raises ValueError where it is damaged."""
+def read_state(file: Path) -> dict:
+    """A checkpoint of ours on the CPU, whole: its checksums are compared, which torch.load does not. Raises ValueError where it is
+    damaged; what goes wrong for other reasons (a disk, too little memory) says nothing about the file and goes through."""
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
         if damaged:
             raise ValueError(f"checksum of {damaged}")
-        return torch.load(file, map_location=device, weights_only=True)
-    except Exception as error:  # whatever a damaged file makes them raise
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is damaged ({error})") from None
 
 
@@ -422,12 +437,9 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
 
     network = DistributedDataParallel(run.student, gradient_as_bucket_view=True)
     new_head = run.stage == "tracklet" or bool(s.weights or s.labels)  # its prototypes stay as they are at first
-    groups = [[p for p in run.student.parameters() if p.ndim > 1], [p for p in run.student.parameters() if p.ndim <= 1]]
-    optimizer = torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=0.0, fused=True)  # biases, norms
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision is torch.float16)
-    if run.resumed and run.resumed["optimizer"]:
-        optimizer.load_state_dict(run.resumed["optimizer"])
-        scaler.load_state_dict(run.resumed["scaler"])
+    optimizer = make_optimizer(run.student)
+    if run.resumed:
+        optimizer.load_state_dict(run.resumed)
     run.resumed = None
     run.training, collapsed, clock, first_step = True, 0, time.time(), run.step
     done = 0  # steps before this epoch
@@ -442,7 +454,7 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
                 run.unreadable.update(rows[~readable.numpy()].tolist())
                 images = replace_unreadable(images, readable, K)
             now, frozen = schedule(s, run.step, total), new_head and epoch - first_epoch < s.freeze_last
-            loss, p = train_step(run, network, optimizer, scaler, images, K, epoch, now, frozen)
+            loss, p = train_step(run, network, optimizer, images, K, epoch, now, frozen)
             run.step += 1
 
             if run.step % s.log_every == 0 or run.step == total:
@@ -464,7 +476,7 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
             if stop or run.step % s.save_every == 0 or run.step == done:
                 run.check_finite()
                 run.gather_unreadable(tracklets)
-                run.save(optimizer, scaler)
+                run.save(optimizer)
             if stop:
                 run.leave(run.stop_asked or signal.SIGTERM)
     run.training = False
@@ -472,7 +484,13 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
         run.leave(run.stop_asked or signal.SIGTERM)
 
 
-def train_step(run: Run, network: nn.Module, optimizer, scaler, images: torch.Tensor, K: int, epoch: int, now: Schedule, frozen: bool) -> tuple:
+def make_optimizer(student: nn.Module) -> torch.optim.Optimizer:
+    """AdamW in two groups: matrices and kernels, whose weights decay, and biases and norms, whose do not."""
+    decay, rest = ([p for p in student.parameters() if (p.ndim > 1) == many] for many in (True, False))
+    return torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=0.0, fused=True)
+
+
+def train_step(run: Run, network: nn.Module, optimizer, images: torch.Tensor, K: int, epoch: int, now: Schedule, frozen: bool) -> tuple:
     """One step on this process's uint8 images (B, 3, H, W): its loss (a tensor: nothing here waits for the device) and the
     teacher's probabilities (2, B, D). `frozen` keeps the prototypes as they are.
 
@@ -504,15 +522,15 @@ def train_step(run: Run, network: nn.Module, optimizer, scaler, images: torch.Te
             with autocast:
                 z, prototypes = network(part)  # (V, B / parts, C), (D, C)
             part_loss = matching_loss(z, prototypes, target, K, s.student_temp) / s.accumulate
-            scaler.scale(part_loss).backward()
+            run.scaler.scale(part_loss).backward()
         loss += part_loss.detach()
-    scaler.unscale_(optimizer)  # the released code clips before this
+    run.scaler.unscale_(optimizer)  # the released code clips before this
     norms = clip_gradients(run.student, s.clip)
-    run.finite *= torch.isfinite(loss) & (scaler.is_enabled() or torch.isfinite(norms).all())  # a scaler meets infinities by design
+    run.finite *= torch.isfinite(loss) & (run.scaler.is_enabled() or torch.isfinite(norms).all())
     if frozen:
         run.student.head.last_layer.weight.grad = None
-    scaler.step(optimizer)
-    scaler.update()
+    run.scaler.step(optimizer)
+    run.scaler.update()
     optimizer.zero_grad()
     update_teacher(run.teacher, run.student, now.ema)
     return loss, p
@@ -558,8 +576,12 @@ def main() -> None:
         drawn = f" (drawn in {time.time() - clock:.0f} s)"
     dist.barrier()
     train_folder, test_folder = find_splits(root)
+    if run.rank > 0:
+        dist.barrier()  # the first process scans; the others may find its index
     tracklets = read_tracklets(train_folder)
     test = read_tracklets(test_folder) if test_folder else None
+    if run.rank == 0:
+        dist.barrier()
     run.say("data", f"{train_folder}: {tracklets}{drawn}")
     truth = read_labels(root / "train.json", tracklets) if test and (root / "train.json").exists() else None
     ids = read_labels(root / "test.json", test) if test else None

@@ -515,14 +515,14 @@ def index_parts(images: int, videos: int, labelled: int, identities: int) -> dic
             fixed = lambda text: np.broadcast_to(np.frombuffer(text, np.uint8), (images, len(text)))
             name = np.concatenate([digits(track, 6), fixed(b"_"), digits(frame, 7), fixed(b"_00.jpg")], 1).view("S21")[:, 0]
         visited = [".", *sorted({f[:7] for f in folders}), *folders]
-        np.savez(f"{root}.index.npz", stamp=data.stamp(root, visited), visited=visited, folders=folders, name=name,
+        np.savez(f"{root}.index.npz", changed=[data.last_change(root / f) for f in visited], visited=visited, folders=folders, name=name,
                  video=np.sort(random.integers(0, videos, images)), track=track, frame=frame)  # fmt: skip
         del name, track, frame
         with measured() as run:
             tracklets = data.read_tracklets(root)
         assert len(tracklets) == images
         rows.append(["reading the index", f"{images:,} images, {videos:,} videos", run.seconds, run.peak])
-        del tracklets.name  # keep what follows apart
+        del tracklets
         labels = np.sort(random.integers(0, identities, labelled))
         for K in (2, 8):
             with measured() as run:

@@ -72,6 +72,31 @@ def test_a_kept_index_is_read_until_a_folder_changes(tmp_path, monkeypatch):
         assert same(data.read_tracklets(root, keep=5), data.read_tracklets(root, keep=10**9))
 
 
+def test_a_file_that_comes_during_the_scan_is_found_the_next_time(tmp_path, monkeypatch):
+    root, walk = make_tree(tmp_path / "set", FILES), data.os.walk
+
+    def slow(*args, **kwargs):
+        for entry in walk(*args, **kwargs):
+            yield entry
+            if entry[0].endswith("a"):  # listed already
+                make_tree(root, ["a/000009_0000001_00.jpg"])
+
+    monkeypatch.setattr(data.os, "walk", slow)
+    assert len(data.read_tracklets(root, keep=1)) == 5
+    monkeypatch.setattr(data.os, "walk", walk)
+    assert len(data.read_tracklets(root, keep=1)) == 6
+
+
+def test_names_that_are_no_text_are_read_too(tmp_path):
+    make_tree(tmp_path / "set", FILES)
+    data.os.rename(data.os.fsencode(tmp_path / "set" / "b"), data.os.fsencode(tmp_path / "set") + b"/\xff")
+    t = data.read_tracklets(tmp_path / "set", keep=1)
+    assert all(data.Images(t, (16, 8))[i][1] for i in range(5))
+    assert same(data.read_tracklets(tmp_path / "set"), t)
+    data.write_labels(tmp_path / "labels.json", t, np.arange(5))
+    np.testing.assert_array_equal(data.read_labels(tmp_path / "labels.json", t), np.arange(5))
+
+
 def test_a_small_index_is_not_kept_and_a_wrong_one_not_believed(tmp_path):
     root, kept = make_tree(tmp_path / "set", FILES), tmp_path / "set.index.npz"
     scanned = data.read_tracklets(root)

@@ -101,6 +101,15 @@ def test_views_do_not_depend_on_what_is_rendered_with_them():
     torch.testing.assert_close(torch.cat(alone), kind.render(images, drawn), atol=1e-6, rtol=0)
 
 
+def test_no_view_waits_for_the_device():
+    """On a device that has no values: reading one would raise."""
+    kind = distill.Views(size=(32, 16), solarize_p=0.5)
+    drawn = kind.draw(6, (64, 32), torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError):
+        torch.ones(3, device="meta").max().item()
+    assert distill.normalize(kind.render(uint8_images(6).to("meta"), drawn)).shape == (6, 3, 32, 16)
+
+
 def test_copies_are_views_of_their_own_of_every_image():
     images = uint8_images(6)
     kind = distill.Views(size=(64, 32), scale=(1.0, 1.0), ratio=(0.5, 0.5), jitter_p=0, grey_p=0, blur_p=0, copies=3)

@@ -1,5 +1,6 @@
 """train.py: settings, schedules, and what is refused before the first step."""
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -57,6 +58,8 @@ def test_every_setting_has_a_line_of_help(capsys):
     (["--centering", "none"], "expected ema or sinkhorn"),
     (["--sigma", "3"], r"lies in \[0, 2\]"),
     (["--tau", "nan"], r"lies in \[0, 2\]"),
+    (["--ratio", "0.6", "0.4"], "--ratio 0.6 0.4: expected two numbers above 0, the smaller first"),
+    (["--local_scale", "0.05", "1.5"], "at most 1"),
     (["--window", "8"], "ranges must overlap"),
     (["--teacher_temp", "0.04", "0"], "expected a number above 0"),
     (["--save_every", "0"], "expected a number above 0"),
@@ -113,7 +116,7 @@ def test_precision_is_what_was_asked_for():
 
 def test_a_checkpoint_with_a_flipped_bit_is_not_read(tmp_path):
     torch.save({"weights": torch.arange(5000.0), "step": 3}, tmp_path / "last.pt")
-    state = train.read_state(tmp_path / "last.pt", torch.device("cpu"))
+    state = train.read_state(tmp_path / "last.pt")
     assert state["step"] == 3 and state["weights"][-1] == 4999
     whole = bytearray((tmp_path / "last.pt").read_bytes())
     whole[len(whole) // 2] ^= 1
@@ -122,7 +125,55 @@ def test_a_checkpoint_with_a_flipped_bit_is_not_read(tmp_path):
     (tmp_path / "empty.pt").write_bytes(b"")
     for name in ("flipped.pt", "half.pt", "empty.pt"):
         with pytest.raises(ValueError, match=f"{name} is damaged"):
-            train.read_state(tmp_path / name, torch.device("cpu"))
+            train.read_state(tmp_path / name)
+
+
+# ---------------------------------------------------------------- one step
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run with a tiny network, in this process."""
+    monkeypatch.chdir(tmp_path)
+    s = train.parse_settings("--recipe demo --arch r10ibn --size 32 16 --local_size 32 16 --canvas 32 16 --batch 8 --hidden 16 --bottleneck 8 "
+                             "--prototypes 16 --clip 0.001".split())  # fmt: skip
+    run = train.Run(s)
+    yield run
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_step_does_what_its_schedule_says(run, frozen):
+    optimizer, now = train.make_optimizer(run.student), train.Schedule(lr=1e-3, weight_decay=0.5, ema=0.9, teacher_temp=0.04)
+    decaying, others = (group["params"] for group in optimizer.param_groups)
+    assert {p.ndim for p in others} == {1} and min(p.ndim for p in decaying) == 2
+    assert len(decaying) + len(others) == len(list(run.student.parameters()))
+    before = {name: p.detach().clone() for name, p in run.student.named_parameters()}
+    images = torch.randint(0, 256, (8, 3, 32, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    loss, p = train.train_step(run, run.student, optimizer, images, 2, 0, now, frozen)
+    assert torch.isfinite(loss) and p.shape == (2, 8, 16) and run.finite == 1
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-3, 0.5), (1e-3, 0.0)]
+    for name, old in before.items():
+        new, teacher = run.student.get_parameter(name).detach(), run.teacher.get_parameter(name)
+        if name in ("backbone.conv1.weight", "head.mlp.0.bias", "head.last_layer.weight"):
+            assert torch.equal(new, old) == (frozen and name == "head.last_layer.weight"), name
+        torch.testing.assert_close(teacher, 0.9 * old + 0.1 * new, atol=1e-6, rtol=0)
+        state = optimizer.state.get(run.student.get_parameter(name))
+        if state:  # AdamW's mean is a tenth of the gradient: clipped to 0.001, and not less than the largest were
+            assert state["exp_avg"].norm() <= 1.01e-4, name
+    largest = max(state["exp_avg"].norm() for state in optimizer.state.values())
+    assert largest > 0.9e-4
+
+
+def test_what_is_not_finite_is_noticed_and_a_scale_that_never_stops_falling_too(run, monkeypatch):
+    run.check_finite()
+    run.finite *= torch.isfinite(torch.tensor(math.nan))
+    with pytest.raises(FloatingPointError, match="last good state"):
+        run.check_finite()
+    run.finite.fill_(1)
+    monkeypatch.setattr(run.scaler, "get_scale", lambda: 2.0**-3)
+    with pytest.raises(FloatingPointError):
+        run.check_finite()
 
 
 # ---------------------------------------------------------------- the same run in other ways
@@ -157,13 +208,28 @@ FIVE_STEPS = "--recipe demo --arch small --size 32 16 --local_size 32 16 --canva
              "--K 4 --epochs 1 --epoch_steps 5 --log_every 1 --workers 0 --lr 1e-2 --name run".split()  # fmt: skip
 
 
-def drive(folder, walkers, *flags, processes=1, more="", torchrun=(), fails=False):
+DIE = """
+steps = 0
+
+def step(*args, of=train.train_step):
+    global steps
+    steps += 1
+    if steps == 4 and {when}:
+        {before}
+        os.kill(os.getpid(), signal.SIGKILL)
+    return of(*args)
+
+train.train_step = step
+"""
+
+
+def drive(folder, walkers, *flags, processes=1, more="", torchrun=(), environment=None, fails=False):
     """Run train.py with a network without batch statistics on true identities, five steps; its output and its folder."""
     folder.mkdir(exist_ok=True)
     (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), more=more))
     launcher = [sys.executable, *(["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *torchrun] if processes > 1 or torchrun else [])]
     command = [*launcher, folder / "driver.py", "--data", walkers, "--labels", walkers / "train.json", *FIVE_STEPS, *flags]
-    result = subprocess.run([*map(str, command)], cwd=folder, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300)
+    result = subprocess.run([*map(str, command)], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}), capture_output=True, text=True, timeout=300)
     assert (result.returncode != 0) == fails, result.stdout + result.stderr
     return result.stdout + result.stderr, folder / "runs" / "run"
 
@@ -260,33 +326,40 @@ def test_a_scaler_that_starts_too_high_skips_steps_and_goes_on(walkers, tmp_path
 
 
 def test_a_run_goes_on_with_another_number_of_processes(five, walkers, tmp_path):
-    stop = "count = 0\ndef step(*args, of=train.train_step):\n    global count\n    count += 1\n    if count == 4: os.kill(os.getpid(), signal.SIGKILL)\n" \
-           "    return of(*args)\ntrain.train_step = step"  # fmt: skip
-    drive(tmp_path, walkers, "--centering", "ema", "--save_every", 2, more=stop, fails=True)
+    drive(tmp_path, walkers, "--centering", "ema", "--save_every", 2, more=DIE.format(when="True", before="0"), fails=True)
     output, run = drive(tmp_path, walkers, "--centering", "ema", "--save_every", 2, processes=2)
     assert "step 2" in output and "resume" in output
     assert_same(five, outcome(run))
 
 
-def test_two_machines_equal_one(five, walkers, tmp_path):
-    """Two torchrun agents that meet on the loopback."""
+def test_two_machines_equal_one_even_when_one_of_them_loses_a_process(five, walkers, tmp_path):
+    """Two torchrun agents that meet on the loopback, as the README says it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meet = lambda rank: ["--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        meet = f"127.0.0.1:{free.getsockname()[1]}"
+    die = DIE.format(when="os.environ['RANK'] == '1' and not os.path.exists('died')", before="open('died', 'w')")
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    agent = ["--nnodes=2", "--max-restarts=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={meet}"]
     with ThreadPoolExecutor() as pool:
-        outputs = list(pool.map(lambda rank: drive(tmp_path, walkers, "--centering", "ema", torchrun=meet(rank)), range(2)))
-    assert [("stage 2" in output) for output, _ in outputs] == [True, False]  # one of them speaks
+        run = lambda _: drive(tmp_path, walkers, "--centering", "ema", "--save_every", 2, more=die, torchrun=agent, environment=environment)
+        outputs = list(pool.map(run, range(2)))
+    assert sorted("stage 2" in output for output, _ in outputs) == [False, True]  # one of them speaks
+    assert any("resume" in output and "step 2" in output for output, _ in outputs)
     assert_same(five, outcome(outputs[0][1]))
 
 
 def test_torchrun_restarts_a_run_of_which_one_process_died(five, walkers, tmp_path):
-    die = "count = 0\ndef step(*args, of=train.train_step):\n    global count\n    count += 1\n" \
-          "    if count == 4 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': os.kill(os.getpid(), signal.SIGKILL)\n" \
-          "    return of(*args)\ntrain.train_step = step"  # fmt: skip
+    die = DIE.format(when="os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'", before="0")
     output, run = drive(tmp_path, walkers, "--centering", "ema", "--save_every", 2, processes=2, more=die, torchrun=["--max-restarts=1"])
     assert "resume" in output and "step 2" in output
     assert_same(five, outcome(run))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(walkers, tmp_path):
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    with open(tmp_path / "runs" / "run" / ".lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        assert "another run works in runs/run" in drive(tmp_path, walkers, fails=True)[0]
 
 
 def test_processes_that_see_different_checkpoints_are_refused(walkers, tmp_path):
@@ -300,7 +373,7 @@ def test_processes_that_see_different_checkpoints_are_refused(walkers, tmp_path)
 KILLS = """
 kind, count = {kind!r}, {count}
 
-def after(calls, function):
+def counting(function):
     def wrapped(*args, **kwargs):
         global count
         count -= 1
@@ -311,20 +384,20 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 if kind == "step":
-    train.train_step = after(count, lambda *args, last, of=train.train_step: die() if last else of(*args))
+    train.train_step = counting(lambda *args, last, of=train.train_step: die() if last else of(*args))
 if kind == "writing":  # half of a checkpoint is on the disk
     def save(state, file, last, of=torch.save):
         of(state, file)
         if last:
             os.truncate(file, os.path.getsize(file) // 2)
             die()
-    torch.save = after(count, save)
+    torch.save = counting(save)
 if kind == "renaming":  # the old checkpoint has been moved, the new one not yet
     def replace(source, target, last, of=os.replace):
         of(source, target)
         if last:
             die()
-    moving = after(count, replace)
+    moving = counting(replace)
     data.os.replace = lambda a, b, of=os.replace: moving(a, b) if str(b).endswith("previous.pt") else of(a, b)
 """
 
@@ -341,7 +414,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(kills, five, walkers
     assert "resume" in output
     losses, weights = outcome(run)
     assert losses == five[0] and all(torch.equal(weights[name], five[1][name]) for name in weights)
-    assert not list(run.glob(".*"))
+    assert [file.name for file in run.glob(".*")] == [".lock"]
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(five, walkers, tmp_path):
