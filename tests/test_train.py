@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -93,6 +94,16 @@ def test_schedules_at_their_corners():
     lrs = [at(step).lr for step in range(total)]
     assert np.all(np.diff(lrs[:40]) > 0) and np.all(np.diff(lrs[40:]) < 0)
     assert train.schedule(dataclasses.replace(s, warmup=0.0), 0, total).lr == pytest.approx(peak)  # without a warm-up
+
+
+def test_the_readmes_commands_can_split_their_batches():
+    lines = re.findall(r"torchrun (.*?)train\.py([^#`\n]*)", (ROOT / "README.md").read_text())
+    assert len(lines) >= 5
+    for launcher, flags in lines:
+        processes = math.prod(int(n) for n in re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", launcher))
+        for more in ([], ["--accumulate", "5"]) if processes > 1 else ([],):
+            s = train.parse_settings(flags.split() + more)
+            assert all(s.batch % (processes * s.accumulate * K) == 0 for K in s.K + s.tracklet_K), (launcher, flags, more)
 
 
 def test_steps_are_counted_over_all_phases():
