@@ -665,7 +665,7 @@ def main() -> None:
         run.say("data", f"{len(run.unreadable):,} unreadable images were skipped, the first: {tracklets.path(min(run.unreadable))}")
     for stage, result in run.results.items():
         run.say("result" if stage == "random" else "", f"{stage:<9} mAP {result['mAP']:5.1%}   R1 {result['R1']:5.1%}")
-    run.say("done", f"{run.folder}/: {', '.join(sorted(file.name for file in run.folder.iterdir() if not file.name.startswith('events')))}")
+    run.say("done", f"{run.folder}/: {', '.join(sorted(file.name for file in run.folder.iterdir() if not file.name.startswith(('events', '.'))))}")
     dist.destroy_process_group()
 
 
