@@ -71,11 +71,13 @@ def test_position_embeddings_are_used_as_they_are_at_the_papers_size():
 
 def test_head_is_a_cosine():
     head = model.Head(16, prototypes=10, hidden=8, bottleneck=4)
-    logits = head(torch.randn(6, 16) * 100)
-    assert logits.shape == (6, 10) and logits.abs().max() <= 1 + 1e-5
-    before = head(torch.ones(1, 16))
+    z, prototypes = head(torch.randn(6, 16) * 100)
+    assert z.shape == (6, 4) and prototypes.shape == (10, 4)
+    for unit in (z, prototypes):
+        torch.testing.assert_close(unit.norm(dim=1), torch.ones(len(unit)))
+    before = prototypes
     head.last_layer.weight.data *= 7
-    torch.testing.assert_close(head(torch.ones(1, 16)), before)
+    torch.testing.assert_close(head(torch.ones(1, 16))[1], before)
 
 
 def test_unknown_arch_lists_the_known():
