@@ -294,7 +294,7 @@ def count_steps(labels: np.ndarray, K: int, batch: int) -> int:
     groups = int(np.maximum(count // K, 1).sum())
     if groups * K < batch:
         raise ValueError(f"{len(count):,} identities give {groups:,} groups of K={K}, fewer than the {batch // K} of one batch; "
-                         "a smaller --batch, or --recipe demo, needs fewer")  # fmt: skip
+                         "a smaller --batch needs fewer (--recipe demo has one)")  # fmt: skip
     return groups * K // batch
 
 

@@ -375,13 +375,13 @@ def gauge(p: Tensor) -> tuple[float, int]:
     return (counts[0] / counts[1]).item(), int(all_reduce(used, dist.ReduceOp.MAX).sum())
 
 
-def collapse(loss: float, entropy: float, used: int, D: int) -> str:
-    """What to say where the teacher tells no image from another, and what to change; "" where it does."""
+def collapse(loss: float, entropy: float, used: int, D: int, identities: int) -> str:
+    """What to say where the teacher does not tell the identities of a batch apart, and what to change; "" where it does."""
     uniform = math.log(D)
     if entropy > 0.995 * uniform or abs(loss / uniform - 1) < 0.003:
         return (f"uniform collapse: the teacher's entropy is {entropy:.3f} and the loss {loss:.3f}, of log D = {uniform:.3f}: all prototypes "
                 "are alike and nothing is learned. Try --centering sinkhorn, --head_norm, fewer --prototypes or a higher --lr")  # fmt: skip
-    if used == 1 and D > 1:
-        return ("collapse to one prototype: the teacher answers the same for all images. "
+    if used <= min(D, identities) / 2:
+        return (f"collapse to {'one prototype' if used == 1 else 'few prototypes'}: {used} for the {identities} identities of a batch. "
                 "Try --centering sinkhorn, a lower --center_momentum or a higher --teacher_temp")  # fmt: skip
     return ""

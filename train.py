@@ -115,7 +115,7 @@ DEMO = dict(
     lr=6e-3, freeze_last=0, ema=(0.95, 0.95), workers=1,
 )  # fmt: skip
 DEMO_LARGE = DEMO | dict(batch=32, K=(4,), epochs=(1,), tracklet_epochs=(1,), epoch_steps=80)  # networks that take seconds a step
-MAY_DIFFER = {"workers", "log_every", "save_every"}  # settings that change nothing in the result
+MAY_DIFFER = {"name", "workers", "log_every", "save_every"}  # settings that change nothing in the result
 
 
 def parse_settings(argv=None) -> Settings:
@@ -150,7 +150,7 @@ def check_settings(s: Settings) -> None:
     """Raises ValueError for settings that cannot work, before anything is read or drawn."""
     for stage, Ks, epochs in (("", s.K, s.epochs), ("tracklet_", s.tracklet_K, s.tracklet_epochs)):
         if len(Ks) != len(epochs):
-            raise ValueError(f"--{stage}K has {len(Ks)} phases and --{stage}epochs {len(epochs)}: give each of {Ks} its epochs")
+            raise ValueError(f"--{stage}K {Ks} has {len(Ks)} phases and --{stage}epochs {epochs} {len(epochs)}: give each its epochs")
         if min(Ks) < 1 or min(epochs) < 0:
             raise ValueError(f"--{stage}K {Ks} --{stage}epochs {epochs}: expected K of 1 and more, epochs of 0 and more")
     for flag, known in (("centering", ("ema", "sinkhorn")), ("precision", ("auto", "float32", "bfloat16", "float16"))):
@@ -294,11 +294,15 @@ class Run:
         if they were made with other settings, if processes find different ones, or another run works in the folder."""
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / ".lock", "w")
+            self.lock = open(self.folder / ".lock", "a+")
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process, however it ends
             except OSError:
-                raise ValueError(f"another run works in {self.folder}; wait for its end, or give another --name") from None
+                self.lock.seek(0)
+                raise ValueError(f"another run works in {self.folder} ({self.lock.read() or 'unknown'}; a killed torchrun may have left it); "
+                                 "wait for its end, end it, or give another --name") from None
+            self.lock.truncate(0)
+            print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=self.lock, flush=True)
             for left in self.folder.glob(".last.pt.*"):  # of a save that was cut short
                 left.unlink()
         dist.barrier()
@@ -467,7 +471,7 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
                         f"used {used:,}  lr {now.lr:.1e}  {rate:6,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")  # fmt: skip
                 run.log("train", stage=run.stage, step=run.step, epoch=epoch, K=K, loss=loss, entropy=entropy, entropy_share=entropy / uniform,
                         prototypes_used=used, images_per_second=rate, **now._asdict())  # fmt: skip
-                words = collapse(loss, entropy, used, s.prototypes) if run.step > s.warmup * total else ""
+                words = collapse(loss, entropy, used, s.prototypes, s.batch // K) if run.step > s.warmup * total else ""
                 collapsed = collapsed + 1 if words else min(collapsed, 0)
                 if collapsed == 3:  # in three lines running; said once
                     run.say("warning", words)
@@ -562,10 +566,10 @@ def main() -> None:
     run = Run(s)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
+    parts = f", each in {s.accumulate} parts," if s.accumulate > 1 else ""
     for K in s.K + s.tracklet_K:
         if s.batch % (run.world_size * s.accumulate * K):
-            raise ValueError(f"--batch {s.batch} over {run.world_size} processes, each in {s.accumulate} parts, is not a multiple of K={K}: "
-                             "identities are not split")  # fmt: skip
+            raise ValueError(f"--batch {s.batch} over {run.world_size} processes{parts} is not a multiple of K={K}: identities are not split")
 
     # 1. data
     root = Path(s.data or "data/walkers")

@@ -358,9 +358,11 @@ def test_gauge_of_uniform_certain_and_mixed():
 
 def test_each_collapse_is_named_with_a_way_out_and_health_is_not():
     D = 64
-    assert distill.collapse(loss=3.0, entropy=2.5, used=20, D=D) == ""
-    uniform = distill.collapse(loss=3.9, entropy=math.log(D) - 1e-3, used=20, D=D)
-    student_uniform = distill.collapse(loss=math.log(D), entropy=2.5, used=20, D=D)
-    single = distill.collapse(loss=0.1, entropy=0.01, used=1, D=D)
+    assert distill.collapse(loss=3.0, entropy=2.5, used=20, D=D, identities=30) == ""
+    uniform = distill.collapse(loss=3.9, entropy=math.log(D) - 1e-3, used=20, D=D, identities=30)
+    student_uniform = distill.collapse(loss=math.log(D), entropy=2.5, used=20, D=D, identities=30)
+    single = distill.collapse(loss=0.1, entropy=0.01, used=1, D=D, identities=30)
+    few = distill.collapse(loss=0.1, entropy=0.01, used=15, D=D, identities=30)
     assert all(text.startswith("uniform collapse") and "--centering sinkhorn" in text for text in (uniform, student_uniform))
-    assert single.startswith("collapse to one prototype") and "--center_momentum" in single
+    assert single.startswith("collapse to one prototype") and few.startswith("collapse to few prototypes: 15 for the 30") and "--center_momentum" in few
+    assert distill.collapse(loss=3.0, entropy=2.5, used=16, D=D, identities=30) == ""

@@ -53,7 +53,7 @@ def test_every_setting_has_a_line_of_help(capsys):
     (["--accumulate", "3"], "--batch 32 in 3 parts is not divisible"),
     (["--accumulate", "0"], "expected a number above 0"),
     (["--precision", "half"], "expected auto, float32, bfloat16 or float16"),
-    (["--K", "2", "4", "--epochs", "1"], "2 phases and --epochs 1"),
+    (["--K", "2", "4", "--epochs", "1"], r"2 phases and --epochs \(1,\) 1"),
     (["--K", "0", "--epochs", "1"], "expected K of 1"),
     (["--recipe", "quick"], "expected paper or demo"),
     (["--centering", "none"], "expected ema or sinkhorn"),
