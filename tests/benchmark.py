@@ -10,6 +10,7 @@
 Read first: `denoise`, `scale`, `draw_video`, `step`.
 """
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -19,12 +20,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data
 import denoise as D
+import distill
+import model
+import train
 
 # ---------------------------------------------------------------- measuring
 
@@ -57,6 +63,15 @@ class measured:
         self.seconds = time.time() - self.clock
         self.over.set()
         self.thread.join()
+
+
+def in_a_process(function: str, **options) -> dict:
+    """Call a function of this file in a process of its own, for a memory that nothing else has used."""
+    code = f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests')!r}); import benchmark as B; " \
+           f"print(json.dumps(B.{function}(**{options!r})))"  # fmt: skip
+    result = json.loads(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout)
+    print(json.dumps(options | result), file=sys.stderr, flush=True)
+    return result
 
 
 # ---------------------------------------------------------------- quality, on walkers
@@ -278,8 +293,9 @@ def draw_features(folder: Path, images: int, seed: int = 0, d: int = 256) -> Non
         rows, v = rows + len(x), v + 1
 
 
-def run_scale(folder: Path, returning: bool = False, **options) -> dict:
+def run_scale(folder: str, returning: bool = False, **options) -> dict:
     """Denoise what `draw_features` left in a folder: seconds and peak memory of every part, and the result's quality."""
+    folder = Path(folder)
     features, (video, track, frame, truth) = np.load(folder / "features.npy", mmap_mode="r"), np.load(folder / "index.npy")
     seconds, clock = {}, [time.time()]
 
@@ -307,14 +323,7 @@ def run_scale(folder: Path, returning: bool = False, **options) -> dict:
 def scale(args) -> None:
     """Time and memory at growing sizes, each in a process of its own; the effect of the range's width, and what looking for
     people who stay away longer costs."""
-
-    def run(folder, **options) -> dict:
-        code = f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests')!r}); import benchmark as B; from pathlib import Path; " \
-               f"print(json.dumps(B.run_scale(Path({str(folder)!r}), **{options!r})))"  # fmt: skip
-        result = json.loads(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout)
-        print(f"{len(results) + 1}:", json.dumps(options | result), file=sys.stderr, flush=True)
-        return result
-
+    run = lambda folder, **options: in_a_process("run_scale", folder=folder, **options)
     results, windows, returning = [], [], []
     for images in args.images:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -344,7 +353,6 @@ def scale(args) -> None:
 
 def double_loop(student, p, K: int, temp: float = 0.1):
     """The loss as the definition reads: logits student (V, B, D), teacher probabilities p (2, B, D)."""
-    import torch
 
     def H(p, logits):  # mean over images
         return -(p * torch.log_softmax(logits / temp, dim=-1)).sum(-1).mean()
@@ -366,8 +374,6 @@ def double_loop(student, p, K: int, temp: float = 0.1):
 
 def factorised(student, p, K: int, temp: float = 0.1):
     """The same in linear time, on all logits at once."""
-    import torch
-
     V, B, _ = student.shape
     together = p.unflatten(1, (-1, K)).sum(2).repeat_interleave(K, dim=1)
     targets = (p + K * (together - p)) / (B * (K * (K - 1) + 1))
@@ -377,10 +383,6 @@ def factorised(student, p, K: int, temp: float = 0.1):
 
 def run_loss(how: str, K: int, D: int, batch: int, crops: int, threads: int) -> dict:
     """Forward and backward of the head's last layer and the loss: seconds (best of 3), peak memory in GiB, the loss."""
-    import torch
-
-    import distill
-
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     unit = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
@@ -398,15 +400,6 @@ def run_loss(how: str, K: int, D: int, batch: int, crops: int, threads: int) -> 
         seconds.append(run.seconds)
         memory.append(run.peak)
     return {"seconds": min(seconds), "memory": memory[0], "loss": loss.item(), "gradient": z.grad.norm().item()}
-
-
-def in_a_process(function: str, **options) -> dict:
-    """Call a function of this file in a process of its own, for a memory that nothing else has used."""
-    code = f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests')!r}); import benchmark as B; from pathlib import Path; " \
-           f"print(json.dumps(B.{function}(**{options!r})))"  # fmt: skip
-    result = json.loads(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout)
-    print(json.dumps(options | result), file=sys.stderr, flush=True)
-    return result
 
 
 def loss(args) -> None:
@@ -429,11 +422,8 @@ def loss(args) -> None:
 
 def pil_views(settings) -> list:
     """The recipe's views as the usual pipeline makes them: a function of a PIL image for every view, with torchvision transforms."""
-    import torch
     from PIL import Image, ImageFilter
     from torchvision import transforms as T
-
-    from model import MEAN, STD
 
     s = settings
     blur = lambda p: T.Lambda(lambda x: x.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(0.1, s.blur_sigma)))) if torch.rand(1) < p else x)
@@ -442,17 +432,15 @@ def pil_views(settings) -> list:
         return T.Compose([
             T.RandomResizedCrop(size, scale, s.ratio, Image.BILINEAR), T.RandomHorizontalFlip(),
             T.RandomApply([T.ColorJitter(*s.jitter)], 0.8), T.RandomGrayscale(s.grey), blur(blur_p),
-            T.RandomSolarize(128, solarize), T.ToTensor(), T.Normalize(MEAN, STD),
+            T.RandomSolarize(128, solarize), T.ToTensor(), T.Normalize(model.MEAN, model.STD),
         ])  # fmt: skip
 
     both = [kind(s.size, s.global_scale, s.blur[0]), kind(s.size, s.global_scale, s.blur[1], s.solarize)]
     return both + [kind(s.local_size, s.local_scale, s.blur[2])] * s.local_crops
 
 
-def draw_images(root: Path, n: int, canvas: tuple[int, int]) -> "data.Tracklets":
+def draw_images(root: Path, n: int, canvas: tuple[int, int]) -> data.Tracklets:
     """n smooth random JPEGs of the canvas' size."""
-    import torch
-
     x = torch.nn.functional.interpolate(torch.rand(n, 3, 16, 8, generator=torch.Generator().manual_seed(0)), canvas, mode="bilinear")
     (root / "video").mkdir()
     for i, image in enumerate((x * 255).byte()):
@@ -462,12 +450,7 @@ def draw_images(root: Path, n: int, canvas: tuple[int, int]) -> "data.Tracklets"
 
 def augment(args) -> None:
     """From JPEG files to a batch of views: ours on the batch, and the usual pipeline image by image, on one core each."""
-    import torch
     from PIL import Image
-    from torch.utils.data import default_collate
-
-    import distill
-    import train
 
     torch.set_num_threads(1)
     s = train.Settings()
@@ -481,7 +464,7 @@ def augment(args) -> None:
             ("decoding", "ours"): stack,
             ("decoding", "PIL"): lambda: [Image.open(file).convert("RGB") for file in files],
             ("views", "ours"): lambda: distill.make_views(batch, kinds, generator),
-            ("views", "PIL"): lambda: default_collate([[t(image) for t in transforms] for image in opened]),
+            ("views", "PIL"): lambda: torch.utils.data.default_collate([[t(image) for t in transforms] for image in opened]),
         }
         times = {way: [] for way in ways}
         for _ in range(args.repeat):  # in turns, so that a slow moment of the machine meets both
@@ -489,9 +472,9 @@ def augment(args) -> None:
                 clock = time.perf_counter()
                 function()
                 times[way].append(1e3 * (time.perf_counter() - clock) / args.batch)
-    best = {way: np.median(values) for way, values in times.items()}
-    rows = [[what, f"{best[what, 'PIL']:.2f}", f"{best[what, 'ours']:.2f}", f"{best[what, 'PIL'] / best[what, 'ours']:.2f}"] for what in ("decoding", "views")]
-    total = {how: best["decoding", how] + best["views", how] for how in ("PIL", "ours")}
+    median = {way: np.median(values) for way, values in times.items()}
+    rows = [[what, f"{median[what, 'PIL']:.2f}", f"{median[what, 'ours']:.2f}", f"{median[what, 'PIL'] / median[what, 'ours']:.2f}"] for what in ("decoding", "views")]
+    total = {how: median["decoding", how] + median["views", how] for how in ("PIL", "ours")}
     rows.append(["both", f"{total['PIL']:.2f}", f"{total['ours']:.2f}", f"{total['PIL'] / total['ours']:.2f}"])
     print_rows(f"Milliseconds an image on one core, 2 + {s.local_crops} views at {s.size} and {s.local_size}, batches of {args.batch}, median of {args.repeat}",
                ["", "PIL and torchvision", "ours", "faster"], rows)  # fmt: skip
@@ -509,11 +492,9 @@ def index_parts(images: int, videos: int, labelled: int, identities: int) -> dic
         for video in folders:
             (root / video).mkdir(parents=True)
         track, frame = np.arange(images) // 23, np.arange(images) % 23
-        name = np.char.mod(b"%06d", track) + b"_" + np.char.mod(b"%07d", frame) + b"_00.jpg" if images < 10**5 else None
-        if name is None:  # the same for millions, without a Python object an image
-            digits = lambda x, n: (x[:, None] // 10 ** np.arange(n - 1, -1, -1) % 10 + 48).astype(np.uint8)
-            fixed = lambda text: np.broadcast_to(np.frombuffer(text, np.uint8), (images, len(text)))
-            name = np.concatenate([digits(track, 6), fixed(b"_"), digits(frame, 7), fixed(b"_00.jpg")], 1).view("S21")[:, 0]
+        digits = lambda x, n: (x[:, None] // 10 ** np.arange(n - 1, -1, -1) % 10 + 48).astype(np.uint8)
+        fixed = lambda text: np.broadcast_to(np.frombuffer(text, np.uint8), (images, len(text)))
+        name = np.concatenate([digits(track, 6), fixed(b"_"), digits(frame, 7), fixed(b"_00.jpg")], 1).view("S21")[:, 0]
         visited = [".", *sorted({f[:7] for f in folders}), *folders]
         np.savez(f"{root}.index.npz", changed=[data.last_change(root / f) for f in visited], visited=visited, folders=folders, name=name,
                  video=np.sort(random.integers(0, videos, images)), track=track, frame=frame)  # fmt: skip
@@ -560,8 +541,6 @@ def index(args) -> None:
 
 def plain_step(student, teacher, optimizer, images, transforms, K: int, lap) -> None:
     """A step as it is usually written: PIL views, one crop at a time, the loss as loops, parameters one by one."""
-    import torch
-
     crops = torch.utils.data.default_collate([[t(image) for t in transforms] for image in images])
     lap("data")
     forward = lambda network, crop: (lambda z, w: z @ w.T)(*network.head(network.backbone(crop)))
@@ -587,11 +566,6 @@ def plain_step(student, teacher, optimizer, images, transforms, K: int, lap) -> 
 
 def our_step(student, teacher, optimizer, images, kinds, K: int, lap) -> None:
     """The same step as train.py takes it, in one process."""
-    import torch
-
-    import distill
-    import train
-
     views = distill.make_views(images, kinds, torch.Generator().manual_seed(0), memory_format=student.memory_format)
     lap("data")
     with torch.no_grad():
@@ -615,15 +589,7 @@ def our_step(student, teacher, optimizer, images, kinds, K: int, lap) -> None:
 def step(args) -> None:
     """A training step at the paper's crops and its parts, ours and written the plain way, in turns in one process; what the
     arithmetic alone would take."""
-    import copy
-
-    import torch
     from PIL import Image
-    from torch.utils.flop_counter import FlopCounterMode
-
-    import distill
-    import model
-    import train
 
     torch.set_num_threads(args.threads)
     s = train.Settings(arch=args.arch)

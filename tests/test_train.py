@@ -277,7 +277,7 @@ def five(walkers, tmp_path_factory):
 
 def test_two_processes_with_half_the_batch_equal_one(five_steps, walkers, tmp_path):
     flags, one = five_steps
-    assert len(set(one[0])) == 5  # it learns
+    assert len(set(one[0])) == 5  # no step repeats another
     assert_same(one, outcome(drive(tmp_path / "two", walkers, *flags, processes=2)[1]))
 
 
