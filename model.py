@@ -202,8 +202,7 @@ class Head(nn.Module):
     """Projection head of DINO (Caron et al., ICCV 2021): features (B, embed_dim) -> z (B, bottleneck), prototypes (D, bottleneck).
 
     Both have unit length, and z @ prototypes.T are the logits: a last layer with weight norm, its gain fixed at 1.
-    `batch_norm` puts a batch norm without affine before the L2 norm; without it a short run on few images stays at the
-    uniform output.
+    `batch_norm` puts a batch norm without affine before the L2 norm, with which a short run on few images learns more.
     """
 
     def __init__(self, embed_dim: int, prototypes: int, hidden: int = 2048, bottleneck: int = 256, batch_norm: bool = False):
