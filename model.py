@@ -1,17 +1,25 @@
 """Networks and weights: what turns a person crop into a feature vector.
 
-Two families, both with instance-batch normalisation (IBN-Net, Pan et al., ECCV 2018), which the paper uses because instance
-norm removes camera style while batch norm keeps identity: ResNet-IBN, and ViT with an IBN convolution stem (Luo et al., 2021).
-State-dict names are those of the authors' release, so that weights travel both ways.
+Two families of our own, both with instance-batch normalisation (IBN-Net, Pan et al., ECCV 2018), which the paper uses because
+instance norm removes camera style while batch norm keeps identity: ResNet-IBN, and ViT with an IBN convolution stem (Luo et al.,
+2021). State-dict names are those of the authors' release, so that weights travel both ways. The other structures of the paper's
+zoo (its table 5) come from torchvision and timm, by their names there.
+
+    python model.py                              # parameters, multiply-adds and speed of the paper's 32 networks
+    python model.py r50ibn timm/ghostnet_100     # of these
 
 Read first: `IBN`, `ResNet`, `build`.
 """
 import argparse
+import math
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class IBN(nn.Module):
@@ -187,15 +195,21 @@ class ViT(nn.Module):
         """Position embeddings for h x w tokens and the class token, (1, 1 + h*w, embed_dim)."""
         if (h, w) == self.grid:
             return self.pos_embed
-        patches = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, self.grid)  # (1, C, 16, 8)
-        patches = F.interpolate(patches, size=(h, w), mode="bicubic", align_corners=False)
-        return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+        patches = resize_grid(self.pos_embed[:, 1:].unflatten(1, self.grid), (h, w))
+        return torch.cat([self.pos_embed[:, :1], patches.flatten(1, 2)], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.patch_embed(images)  # (B, C, h, w)
         positions = self.positions(*tokens.shape[2:])
         x = torch.cat([self.cls_token.expand(len(images), -1, -1), tokens.flatten(2).transpose(1, 2)], dim=1) + positions
         return self.norm(self.blocks(x))[:, 0]
+
+
+def resize_grid(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Position embeddings of a grid of tokens for another one, bicubic: (1, h, w, C) -> (1, *grid, C)."""
+    if positions.shape[1:3] == grid:
+        return positions
+    return F.interpolate(positions.permute(0, 3, 1, 2), size=grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
 
 
 class Head(nn.Module):
@@ -238,24 +252,109 @@ ARCHITECTURES = {
 }
 
 
+ZOO = [  # the paper's 32 networks of ten structures, as `build` names them
+    *[name for name in ARCHITECTURES if name != "r10ibn"],
+    *["convnext_tiny", "convnext_small", "convnext_base", "swin_t", "swin_s", "swin_b"],
+    *["timm/ghostnet_050", "timm/ghostnet_100", "timm/ghostnet_130", "timm/edgenext_x_small", "timm/edgenext_small", "timm/edgenext_base"],
+    *["timm/repvit_m0_9", "timm/repvit_m1_0", "timm/repvit_m1_5", "timm/fastvit_s12", "timm/fastvit_sa12", "timm/fastvit_sa24"],
+    *["timm/volo_d1_224", "timm/volo_d2_224", "timm/volo_d3_224"],
+]  # fmt: skip
+
+
 def build(arch: str) -> nn.Module:
     """The backbone of that name: images (B, 3, H, W), normalised -> features (B, embed_dim); has the attribute `embed_dim`.
 
-    Raises ValueError for a name that is not in ARCHITECTURES.
+    arch: a name in ARCHITECTURES, any classifier of torchvision by its name, or of timm as timm/<name>; the classifier is removed.
+    Raises ValueError for a name that nobody knows, and where timm is needed and not installed.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown arch '{arch}'; known: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[arch]()
+    if arch in ARCHITECTURES:
+        return ARCHITECTURES[arch]()
+    if arch.startswith("timm/"):
+        return build_timm(arch.removeprefix("timm/"))
+    if arch not in torchvision.models.list_models(torchvision.models):
+        raise ValueError(f"unknown arch '{arch}'; known: {', '.join(ARCHITECTURES)}, torchvision's models by their names (convnext_tiny), "
+                         "timm's as timm/<name> (timm/ghostnet_100)")  # fmt: skip
+    model = torchvision.models.get_model(arch)
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"{arch}: does not end in a linear classifier that could be removed")
+    name, classifier = linear[-1]
+    model.set_submodule(name, nn.Identity())
+    model.embed_dim = classifier.in_features
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
+            module.p = 0.0  # they draw from a global generator, and a resumed run could not repeat that
+    return model
+
+
+def build_timm(name: str) -> nn.Module:
+    """A model of timm without its classifier, for inputs of any size where timm or a few lines here can make it so."""
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(f"arch 'timm/{name}' needs the package timm: pip install timm") from None
+    if not timm.is_model(name):
+        raise ValueError(f"unknown arch 'timm/{name}'; python -c 'import timm; print(timm.list_models())' prints what this timm knows")
+    volo = name.startswith("volo")
+    # ViTs of timm resize their positions, and its Swins cut their windows, where they are asked to; others don't know the question
+    for option in [{"img_size": (256, 128)}] if volo else [{"dynamic_img_size": True}, {"strict_img_size": False}, {}]:
+        try:
+            model = timm.create_model(name, num_classes=0, **option)
+            break
+        except TypeError:
+            if not option:
+                raise
+    model.embed_dim = getattr(model, "head_hidden_size", None) or model.num_features
+    if volo:
+        model.__class__ = any_size(type(model))
+    return model
+
+
+def any_size(volo: type) -> type:
+    """timm's VOLO class with position embeddings that follow the input; as it is, it adds those of one size to any tokens."""
+
+    class VOLO(volo):
+        @property
+        def pos_embed(self) -> Tensor:
+            return resize_grid(self._parameters["pos_embed"], self.grid)
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.grid = -(-images.shape[2] // 16), -(-images.shape[3] // 16)
+            return super().forward(images)
+
+    return VOLO
+
+
+def check_sizes(backbone: nn.Module, arch: str, sizes) -> None:
+    """Try a network of another library on images of the sizes (H, W). Raises ValueError where it gives no (B, embed_dim)."""
+    for size in sizes if arch not in ARCHITECTURES else ():
+        try:
+            with torch.no_grad():
+                out = backbone(torch.zeros(2, 3, *size))
+        except Exception as error:  # whatever a network of somebody else's raises
+            raise ValueError(f"{arch} cannot take images of {size[0]}x{size[1]}: {error}") from None
+        if getattr(out, "shape", None) != (2, backbone.embed_dim):
+            found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"{arch}: expected features (2, {backbone.embed_dim}) of two images, got {found}")
+
+
+# ---------------------------------------------------------------- weights
 
 
 def read_checkpoint(file) -> dict:
     """What torch.save wrote, as tensors and plain values: nothing in the file is executed. Raises ValueError."""
     try:
+        if str(file).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(file)
         # the authors keep their command line in the checkpoint; a Namespace holds values only
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file of weights") from None
+    except ImportError:
+        raise ValueError(f"{file}: needs the package safetensors: pip install safetensors") from None
     except Exception as error:  # whatever a foreign or damaged file makes torch.load raise
         raise ValueError(f"{file}: cannot be read as weights: damaged, or it holds more than tensors and plain values ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict):
@@ -264,30 +363,45 @@ def read_checkpoint(file) -> dict:
 
 
 def backbone_weights(checkpoint: dict) -> dict[str, Tensor]:
-    """The backbone's state dict inside any supported checkpoint, the teacher's where there is one, without wrappers' prefixes."""
+    """The state dict inside any supported checkpoint, the teacher's where there is one, without wrappers' prefixes."""
     nested = [checkpoint[key] for key in ("teacher", "student", "state_dict", "model") if isinstance(checkpoint.get(key), dict)]
     state = nested[0] if nested else checkpoint
     names = {}
     for name, value in state.items():
         for prefix in ("module.", "backbone.", "base."):
             name = name.removeprefix(prefix)
-        if isinstance(value, Tensor) and not name.startswith(("head.", "fc.", "classifier.")):
+        if isinstance(value, Tensor):
             names[name] = value
     return names
 
 
-def load_weights(model: nn.Module, file) -> dict:
-    """Load backbone weights from a file: our checkpoints, the authors' release, IBN-Net's and torchvision's ImageNet files.
+def fit_positions(positions: Tensor, model: nn.Module, shape: torch.Size) -> Tensor:
+    """Position embeddings from a file at the model's shape: a square grid (1, 1 + n*n, C) as ViTs have it, or a grid (1, h, w, C)
+    as VOLO has. Returned as they are where they are neither."""
+    if positions.ndim == len(shape) == 4:
+        return resize_grid(positions, tuple(shape[1:3]))
+    side = math.isqrt(max(positions.shape[1] - 1, 0)) if positions.ndim == 3 else 0
+    if not isinstance(model, ViT) or side < 1 or side * side != positions.shape[1] - 1:
+        return positions
+    patches = resize_grid(positions[:, 1:].unflatten(1, (side, side)), model.grid)
+    return torch.cat([positions[:, :1], patches.flatten(1, 2)], dim=1)
 
+
+def load_weights(model: nn.Module, file) -> dict:
+    """Load backbone weights from a file: our checkpoints, the authors' release, ImageNet's of IBN-Net, torchvision and timm, DINO's.
+
+    A ViT takes the blocks of timm's and DINO's, their position embeddings resized; its stem is not theirs.
     Returns {"matched", "missing", "left_over"}: lists of names. Raises ValueError, leaving the model as it was, where less
-    than 90% of the model's parameters find a tensor of their name and shape.
+    than 90% of the model's parameters find a tensor of their name and shape, or one of these is not finite.
     """
     state, own = backbone_weights(read_checkpoint(file)), model.state_dict()
+    if "pos_embed" in state and "pos_embed" in own and state["pos_embed"].shape != own["pos_embed"].shape:
+        state["pos_embed"] = fit_positions(state["pos_embed"].float(), model, own["pos_embed"].shape)
     matched = [name for name in own if name in state and state[name].shape == own[name].shape]
     report = {
         "matched": matched,
-        "missing": [name for name in own if name not in matched],
-        "left_over": [name for name in state if name not in matched],
+        "missing": [name for name in own if name not in state or state[name].shape != own[name].shape],
+        "left_over": [name for name in state if name not in own or state[name].shape != own[name].shape],
     }
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     share = sum(sizes.get(name, 0) for name in matched) / sum(sizes.values())
@@ -296,8 +410,17 @@ def load_weights(model: nn.Module, file) -> dict:
             f"{file}: only {share:.0%} of the model's parameters matched ({len(matched)} of {len(own)} tensors; "
             f"missing {report['missing'][:3]}, left over {report['left_over'][:3]}); is it the weights of another architecture?"
         )
+    broken = [name for name in matched if not torch.isfinite(state[name]).all()]
+    if broken:
+        raise ValueError(f"{file}: {len(broken)} of {len(matched)} tensors hold numbers that are not finite, the first: {broken[0]}")
     model.load_state_dict({name: state[name] for name in matched}, strict=False)
     return report
+
+
+def describe(report: dict) -> str:
+    """What `load_weights` did, in a line."""
+    name = lambda names: f"{len(names)}" + (f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "")
+    return f"{len(report['matched'])} tensors matched, missing {name(report['missing'])}, left over {name(report['left_over'])}"
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in the paper
@@ -309,13 +432,45 @@ def normalize(images: Tensor) -> Tensor:
     return (images - mean[:, None, None]).div_(std[:, None, None])
 
 
+def multiply_adds(arch: str, size: tuple[int, int] = (256, 128)) -> int:
+    """Multiply-adds of one image, which torch counts as two operations. Nothing is computed: shapes only."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        build(arch).eval()(torch.empty(1, 3, *size))
+    return counter.get_total_flops() // 2
+
+
+@torch.inference_mode()
+def images_per_second(backbone: nn.Module, device, size: tuple[int, int] = (256, 128), batch: int = 16) -> float:
+    """Speed of the forward pass, the best of three after one to warm up."""
+    backbone, images, best = backbone.eval().to(device), torch.randn(batch, 3, *size, device=device), 0.0
+    for _ in range(4):
+        clock = time.perf_counter()
+        backbone(images).sum().item()  # which waits for a GPU
+        best = max(best, batch / (time.perf_counter() - clock))
+    return best
+
+
 def main() -> None:
-    """Print the table of architectures."""
-    print(f"{'arch':<10} {'parameters':>12} {'embedding':>10}")
-    for arch in ARCHITECTURES:
-        model = build(arch)
-        print(f"{arch:<10} {sum(p.numel() for p in model.parameters()):>12,} {model.embed_dim:>10}")
+    """Print a table of architectures: parameters, multiply-adds of a 256x128 image, width of the embedding, speed here."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("arch", nargs="*", help="names as --arch of train.py takes them (default: the paper's 32 networks)")
+    names = parser.parse_args().arch
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{'arch':<22} {'parameters':>12} {'multiply-adds':>14} {'embedding':>10} {'images/s':>9}   ({device.type}, float32, eval mode)")
+    for arch in names or ["r10ibn", *ZOO]:
+        try:
+            model = build(arch)
+        except ValueError as error:
+            if names:
+                raise
+            print(f"{arch:<22} {error}")
+            continue
+        count, speed = sum(p.numel() for p in model.parameters()), images_per_second(model, device)
+        print(f"{arch:<22} {count:>12,} {multiply_adds(arch) / 1e9:>12.2f} G {model.embed_dim:>10} {speed:>9,.0f}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"model.py: {error}")

@@ -39,8 +39,8 @@ from denoise import check_index, denoise_tracklets, show_identities
 from distill import (
     Network, Views, all_reduce, collapse, gauge, make_views, matching_loss, show_views, sinkhorn, update_center, update_teacher,
 )  # fmt: skip
-from evaluate import evaluate_features, extract, extract_to_file, show_retrieval
-from model import Head, build, load_weights
+from evaluate import evaluate_features, extract, extract_to_file, label_tracklets, show_retrieval
+from model import Head, build, check_sizes, describe, load_weights
 
 
 @dataclass
@@ -141,7 +141,7 @@ def parse_settings(argv=None) -> Settings:
         raise ValueError(f"--recipe {recipe}: expected paper or demo")
     base = {} if recipe == "paper" else DEMO if arch == "r10ibn" else DEMO_LARGE
     settings = Settings(**base | flags | {"recipe": recipe})
-    settings.name = settings.name or f"{Path(settings.data or 'walkers').resolve().name}-{arch}"
+    settings.name = settings.name or f"{Path(settings.data or 'walkers').resolve().name}-{arch.replace('/', '-')}"
     check_settings(settings)
     return settings
 
@@ -188,6 +188,7 @@ def check_settings(s: Settings) -> None:
         if getattr(s, flag) and not os.path.isfile(getattr(s, flag)):
             raise ValueError(f"--{flag} {getattr(s, flag)}: no such file")
     backbone = build(s.arch)
+    check_sizes(backbone, s.arch, (s.size, s.local_size))
     if s.weights:
         load_weights(backbone, s.weights)
 
@@ -588,7 +589,7 @@ def main() -> None:
         dist.barrier()
     run.say("data", f"{train_folder}: {tracklets}{drawn}")
     truth = read_labels(root / "train.json", tracklets) if test and (root / "train.json").exists() else None
-    ids = read_labels(root / "test.json", test) if test else None
+    benchmark = label_tracklets(test, read_labels(root / "test.json", test)) if test else None
     run.say("", f"{test_folder}: {test}, held out" if test else f"{root} does not hold all of train/, test/ and test.json: no evaluation")
     given = read_labels(s.labels, tracklets) if s.labels else None
     check_readable(tracklets)
@@ -612,11 +613,12 @@ def main() -> None:
 
     def measure(stage: str):
         """Retrieval on the held-out split, once: printed, logged, kept in the checkpoint."""
-        if test is None or stage in run.results:
+        if benchmark is None or stage in run.results:
             return None
         average_buffers(run.teacher, run.world_size)
         features = extract(run.teacher.backbone, test, s.size, run.device, s.workers)
-        result = run.results[stage] = evaluate_features(features, test, ids)
+        result = run.results[stage] = evaluate_features(features, benchmark)
+        del result["ap"]
         run.say("evaluate", f"{stage:<9}" + "".join(f" {key} {result[key]:5.1%}  " for key in ("mAP", "R1", "R5", "R10")))
         run.log("evaluate", stage=stage, **result)
         return features
@@ -627,8 +629,7 @@ def main() -> None:
         if s.weights:
             report = load_weights(run.student.backbone, s.weights)
             run.teacher.backbone.load_state_dict(run.student.backbone.state_dict())
-            counts = ", ".join(f"{len(names)} {kind.replace('_', ' ')}" for kind, names in report.items())
-            run.say("weights", f"{s.weights}: tensors {counts}")
+            run.say("weights", f"{s.weights}: {describe(report)}")
         run.save()
     if run.stage == "tracklet" and not s.weights and given is None:
         train_stage(run, tracklets, tracklets.track, s.tracklet_K, s.tracklet_epochs, first_epoch=0)
@@ -660,8 +661,9 @@ def main() -> None:
 
         # 5. evaluate
         features = measure("cion")
-        if test is not None and run.rank == 0 and features is not None:
-            show_retrieval(run.folder / "retrieval.png", test, ids, features, (128, 64))
+        if features is not None and run.rank == 0:
+            queries = benchmark.query[np.linspace(0, len(benchmark.query) - 1, 12).astype(int)]
+            show_retrieval(run.folder / "retrieval.png", benchmark, features, np.unique(queries))
         run.stage = "done"
         run.save()
     run.gather_unreadable(tracklets)

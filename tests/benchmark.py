@@ -6,6 +6,7 @@
     python tests/benchmark.py augment     # views of an image against a pipeline of PIL and torchvision; 1 min
     python tests/benchmark.py index       # index, sampler and labels at millions of images; 3 min
     python tests/benchmark.py step        # a training step and its parts, against one written the plain way; 5 min an architecture
+    python tests/benchmark.py evaluate    # ranking at Market-1501's and MSMT17's sizes against the bare product, re-ranking; 15 min
 
 Read first: `denoise`, `scale`, `draw_video`, `step`.
 """
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import denoise as D
 import distill
+import evaluate as E
 import model
 import train
 
@@ -641,6 +643,75 @@ def step(args) -> None:
     print(f"\nArithmetic: {flops / 1e9:,.0f} GFLOP a step would take {flops / rate:.2f} s at the {rate / 1e9:,.0f} GFLOP/s of a product of two 2,048 x 2,048 matrices.")
 
 
+# ---------------------------------------------------------------- ranking
+
+SIZES = {"Market-1501": (3368, 15913, 750, 6), "MSMT17": (11659, 82161, 3060, 15)}  # queries, gallery, identities, cameras
+
+
+def drawn_features(benchmark: str, strength: float, d: int = 2048) -> tuple:
+    """Features of a benchmark's size around a center for each identity, or without one: what evaluate.evaluate takes."""
+    Q, G, people, cameras = SIZES[benchmark]
+    random = torch.Generator().manual_seed(0)
+    ids, cams = torch.randint(people, (Q + G,), generator=random), torch.randint(cameras, (Q + G,), generator=random)
+    features, centers = torch.randn(Q + G, d, generator=random), strength * torch.randn(people, d, generator=random)
+    for part in torch.arange(Q + G).split(4096):
+        features[part] = torch.nn.functional.normalize(features[part] + centers[ids[part]], dim=1)
+    return features[:Q], features[Q:], ids[:Q].numpy(), ids[Q:].numpy(), cams[:Q].numpy(), cams[Q:].numpy()
+
+
+def sort_based(blocks, query_ids, gallery_ids, query_cams, gallery_cams) -> dict:
+    """The metric as it is mostly written: every row of similarities sorted."""
+    ap = []
+    for start, block in blocks:
+        for q, similarity in enumerate(block, start):
+            order = np.argsort(-similarity)
+            valid = (gallery_ids[order] != query_ids[q]) | (gallery_cams[order] != query_cams[q])
+            ranks = np.flatnonzero((gallery_ids[order] == query_ids[q])[valid]) + 1
+            if len(ranks):
+                ap.append((np.arange(1, len(ranks) + 1) / ranks).mean())
+    return {"mAP": float(np.mean(ap)), "queries": len(ap)}
+
+
+def rank_one(benchmark: str, strength: float, what: str) -> dict:
+    """Seconds and memory of one way through one set of features."""
+    query, gallery, *arrays = drawn_features(benchmark, strength)
+    rows = 2**26 // len(gallery)
+    if what in ("metric alone", "sorted"):
+        blocks = [(first, block.copy()) for first, block in E.similarities(query, gallery)]
+    torch.mm(query[:8], gallery[:8].T)  # threads are there
+    with measured() as run:
+        if what == "bare product":  # blocks of ours' size, written over each other
+            block, result = torch.empty(min(rows, len(query)), len(gallery)), {}
+            for first in range(0, len(query), rows):
+                part = query[first : first + rows]
+                torch.mm(part, gallery.T, out=block[: len(part)])
+        elif what == "whole evaluation":
+            result = E.evaluate(query, gallery, *arrays)
+        elif what == "re-ranking and metric":
+            result = E.score(((first, -distances) for first, distances in E.reranked(query, gallery)), *arrays)
+        else:
+            result = {"metric alone": E.score, "sorted": sort_based}[what](blocks, *arrays)
+    return {"seconds": run.seconds, "gib": run.peak, "mAP": result.get("mAP"), "queries": result.get("queries")}
+
+
+def evaluate(args) -> None:
+    """The whole evaluation against the bare matrix product, for a strong and a weak encoder; a metric that sorts; re-ranking."""
+    rows = []
+    for benchmark in args.sizes:
+        for name, strength in (("strong", 0.35), ("weak", 0.02)):
+            extra = ["metric that sorts", "re-ranking and metric"] if name == "strong" else []
+            bare = None
+            for what in ("bare product", "whole evaluation", "metric alone", *extra):
+                runs = [in_a_process("rank_one", benchmark=benchmark, strength=strength, what=what.replace("metric that sorts", "sorted"))
+                        for _ in range(1 if what in extra else args.repeat)]  # fmt: skip
+                run = min(runs, key=lambda run: run["seconds"])
+                bare = bare or run["seconds"]
+                ratio = f"{run['seconds'] / bare:.2f}" if what in ("bare product", "whole evaluation") else ""
+                shown = "" if run["mAP"] is None else f"{run['mAP']:.1%}"
+                rows.append([benchmark, name, what, f"{run['seconds']:.2f}", ratio, f"{run['gib']:.2f}", shown])
+    print_rows("Ranking, d = 2,048", ["size of", "encoder", "what", "seconds", "of bare", "GiB beyond features", "mAP"], rows)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -680,5 +751,9 @@ if __name__ == "__main__":
     command.add_argument("--threads", type=int, default=2)
     command.add_argument("--ways", nargs="+", default=["plain", "ours"])
     command.set_defaults(run=step)
+    command = commands.add_parser("evaluate", help=evaluate.__doc__)
+    command.add_argument("--sizes", nargs="+", default=[*SIZES], choices=[*SIZES])
+    command.add_argument("--repeat", type=int, default=3, help="the fastest of so many runs counts")
+    command.set_defaults(run=evaluate)
     args = parser.parse_args()
     args.run(args)
