@@ -1,17 +1,23 @@
 """Tracklets: person crops that a tracker cut out of videos, as files on disk and as arrays in memory (paper, section 3.1).
 
-The index and its reader, labels in the CION-AL annotation format, decoding to a canvas, the identity sampler, and *walkers*,
-a synthetic set of tracklets whose true identities are known.
+The index and its reader, labels in the CION-AL annotation format, cropping videos into tracklets, decoding to a canvas, the
+identity sampler, and *walkers*, a synthetic set of tracklets whose true identities are known.
 
-Read first: `read_tracklets`, `sample_identities`, `draw_walkers`.
+    python data.py crop --video street.mp4 --tracks street.txt --out data/street
+
+Read first: `read_tracklets`, `sample_identities`, `crop`.
 """
+import argparse
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import sys
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+from torchvision.io import ImageReadMode, decode_image, decode_jpeg, encode_jpeg
 
 # ---------------------------------------------------------------- index
 
@@ -48,7 +54,7 @@ class Tracklets:
         return np.char.add(folders[self.video], self.name)
 
     def __str__(self) -> str:
-        return f"{len(self.folders):,} videos, {self.track[-1] + 1:,} tracklets, {len(self):,} images"
+        return f"{len(self.folders):,} videos, {self.track.max() + 1:,} tracklets, {len(self):,} images"
 
 
 FILE_NAME = re.compile(rb"(\d{1,18})_(\d{1,18})_(\d{1,18})\.jpe?g", re.IGNORECASE)  # <track:06d>_<frame:07d>_<det:02d>.jpg
@@ -135,10 +141,10 @@ def write_labels(file, tracklets: Tracklets, labels: np.ndarray) -> None:
         out.write("\n]\n")
 
 
-def read_labels(file, tracklets: Tracklets) -> np.ndarray:
-    """Labels int64 (N,) from a CION-AL annotation: id - 1, and -1 for images that it does not name.
+def read_annotation(file) -> tuple[np.ndarray, np.ndarray]:
+    """Paths as bytes (n,), sorted, and identities int64 (n,), from 0, of a CION-AL annotation: [{"file_path": ..., "id": 1}, ...].
 
-    Raises ValueError for anything but that format, for paths that leave the root, that are not in the index, or come twice.
+    Raises ValueError for anything but that format, for paths that leave the root they are relative to, or that come twice.
     """
     paths, ids = [], []
 
@@ -160,7 +166,21 @@ def read_labels(file, tracklets: Tracklets) -> np.ndarray:
         raise ValueError(f"{file}: expected at least one entry and ids that are whole numbers from 1; got {ids[:3]}")
     outside = [p for p in paths if os.path.isabs(p) or b".." in p.split(b"/")]
     if outside:
-        raise ValueError(f"{file}: {len(outside):,} paths leave the root {tracklets.root}, the first: {os.fsdecode(outside[0])}")
+        raise ValueError(f"{file}: {len(outside):,} paths leave the folder they are relative to, the first: {os.fsdecode(outside[0])}")
+    order = np.argsort(paths)
+    paths, ids = paths[order], np.array(ids)[order] - 1
+    twice = np.flatnonzero(paths[1:] == paths[:-1])
+    if len(twice):
+        raise ValueError(f"{file}: {len(twice):,} files are named more than once, the first: {os.fsdecode(paths[twice[0]])}")
+    return paths, ids
+
+
+def read_labels(file, tracklets: Tracklets) -> np.ndarray:
+    """Labels int64 (N,) of an index from a CION-AL annotation: id - 1, and -1 for images that it does not name.
+
+    Raises ValueError for anything but that format, and for paths that are not in the index.
+    """
+    paths, ids = read_annotation(file)
     known = tracklets.paths()
     order = np.argsort(known)
     place = order[np.searchsorted(known, paths, sorter=order).clip(max=len(known) - 1)]
@@ -170,11 +190,22 @@ def read_labels(file, tracklets: Tracklets) -> np.ndarray:
             f"{file}: {len(missing):,} of {len(paths):,} files are not among the images of {tracklets.root}, "
             f"the first: {os.fsdecode(paths[missing[0]])}"
         )
-    if len(np.unique(place)) < len(place):
-        raise ValueError(f"{file}: some file is named more than once")
     labels = np.full(len(tracklets), -1, np.int64)
-    labels[place] = np.array(ids) - 1
+    labels[place] = ids
     return labels
+
+
+def read_identities(file, root) -> tuple[Tracklets, np.ndarray]:
+    """The images that a CION-AL annotation names, as an index whose tracklets are its identities, and their labels (N,).
+
+    Nothing below the root is looked at and files may have any names, so millions of images of CION-AL are there at once."""
+    if not os.path.isdir(root):
+        raise ValueError(f"{root}: no such folder; {file} names images below it")
+    paths, ids = read_annotation(file)
+    parts = np.char.rpartition(paths, b"/")  # (n, 3): folder, slash, name
+    folders, video = np.unique(parts[:, 0], return_inverse=True)
+    track = np.unique(ids, return_inverse=True)[1]
+    return Tracklets(root, [os.fsdecode(folder) for folder in folders], parts[:, 2], video, track, np.zeros(len(ids), np.int64)), ids
 
 
 class replacing:
@@ -296,6 +327,181 @@ def count_steps(labels: np.ndarray, K: int, batch: int) -> int:
         raise ValueError(f"{len(count):,} identities give {groups:,} groups of K={K}, fewer than the {batch // K} of one batch; "
                          "a smaller --batch needs fewer (--recipe demo has one)")  # fmt: skip
     return groups * K // batch
+
+
+# ---------------------------------------------------------------- from videos to tracklets
+
+
+def read_tracks(file, confidence: float = -math.inf) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """A MOTChallenge track file: numbers int64 (n, 2), frame and track, and boxes float64 (n, 4), left, top, width, height in
+    pixels, sorted by frame; and how many lines were dropped for what reason.
+
+    Lines are `frame, id, left, top, width, height, confidence, ...`, what trackers write; nine columns are MOT16's, 17's and
+    20's truth, of which only people (class 1) that are to be considered are kept. Raises ValueError for anything else.
+    """
+    try:
+        with open(file) as lines:
+            comma = "," in lines.readline()
+        rows = np.loadtxt(file, delimiter="," if comma else None, ndmin=2)
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: expected lines of numbers, frame,id,left,top,width,height,confidence,...; {error}") from None
+    if not rows.size or rows.shape[1] < 6:
+        raise ValueError(f"{file}: expected lines of frame,id,left,top,width,height,confidence,...; got {rows.shape[0]} lines of {rows.shape[1]} numbers")
+    numbers = rows[:, :2].astype(np.int64)
+    bad = np.flatnonzero(~np.isfinite(rows[:, :6]).all(1) | (numbers != rows[:, :2]).any(1) | (numbers[:, 0] < 0))
+    if len(bad):
+        raise ValueError(f"{file}, line {bad[0] + 1}: expected a frame and a track in whole numbers and a box, got {rows[bad[0], :6].tolist()}")
+    if (numbers[:, 1] < 0).all():
+        raise ValueError(f"{file}: every id is below 0: these are detections, not tracks; run a tracker first")
+    drop = {"of no track": numbers[:, 1] < 0}
+    if rows.shape[1] == 9:
+        drop["not people to consider"] = (rows[:, 7] != 1) | (rows[:, 6] == 0)
+    if rows.shape[1] > 6:
+        drop[f"below confidence {confidence:g}"] = rows[:, 6] < confidence
+    keep = ~np.any(list(drop.values()), axis=0)
+    order = np.flatnonzero(keep)[np.argsort(numbers[keep, 0], kind="stable")]
+    return numbers[order], rows[order, 2:6], {reason: int(rows.sum()) for reason, rows in drop.items()}
+
+
+def read_frames(video: Path, wanted: np.ndarray, first: int | None):
+    """Frames of a video file, decoded once in order, or of a folder of images: yields (number, uint8 (H, W, 3)) for those wanted.
+
+    first: number of the first frame; None, for a folder: frames have the numbers in the images' names. A broken frame is passed
+    over. Raises ValueError for what is neither.
+    """
+    if video.is_dir():
+        files = sorted(name for name in os.listdir(video) if name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith("."))
+        digits = [re.search(r"(\d+)\.\w+$", name) for name in files]
+        if not files or not all(digits):
+            raise ValueError(f"{video}: expected images named by their frames, such as 000001.jpg; got {files[:3]}")
+        numbers = [int(match[1]) for match in digits] if first is None else range(first, first + len(files))
+        files = dict(zip(numbers, files))
+        for number in wanted:
+            if number in files:
+                try:
+                    yield number, decode_image(torch.from_numpy(np.fromfile(video / files[number], np.uint8)), ImageReadMode.RGB).permute(1, 2, 0).numpy()
+                except RuntimeError:
+                    pass
+        return
+    try:
+        import av
+    except ImportError:
+        raise ValueError(f"{video}: reading video files needs the package av: pip install av (a folder of frames needs nothing)") from None
+    wanted = set(wanted.tolist())
+    try:
+        with av.open(str(video)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{video}: holds no video")
+            container.streams.video[0].thread_type = "AUTO"
+            for number, frame in enumerate(container.decode(video=0), first):
+                if number in wanted:
+                    yield number, frame.to_ndarray(format="rgb24")
+                    if number == max(wanted):
+                        return
+    except FileNotFoundError:
+        raise ValueError(f"{video}: no such file or folder") from None
+    except av.error.InvalidDataError as error:
+        print(f"{video}: cannot be decoded further ({error})", flush=True)
+
+
+def crop(video, tracks, out, every: int = 1, confidence: float = -math.inf, min_size: tuple[int, int] = (1, 1), first: int | None = None,
+         quality: int = 95, workers: int = 2) -> dict[str, int]:  # fmt: skip
+    """Cut a tracker's boxes out of a video: <out>/<name of the video>/<track:06d>_<frame:07d>_<det:02d>.jpg, det being the box's
+    number within its frame, as in LUPerson-NL.
+
+    video: a file, or a folder of frames; tracks: a MOTChallenge file, see `read_tracks`; every: of so many frames one; min_size:
+    (height, width) that a box must have after it is clipped to the frame. The folder appears whole or not at all.
+    Returns counts. Raises ValueError for wrong input, a folder that exists, and where more than 1% of the boxes are on frames
+    that are not there or broken.
+    """
+    video, started = Path(video), time.time()
+    if not video.exists():
+        raise ValueError(f"{video}: no such file or folder")
+    folder = Path(out) / video_name(video)
+    if folder.exists():
+        raise ValueError(f"{folder}: exists already; delete it or give another --out")
+    numbers, boxes, dropped = read_tracks(tracks, confidence)
+    start = min(int(numbers[:, 0].min(initial=1)), 1) if first is None else first
+    keep = (numbers[:, 0] - start) % every == 0
+    numbers, boxes = numbers[keep], boxes[keep]
+    wanted, begin = np.unique(numbers[:, 0], return_index=True)
+    rows_of = dict(zip(wanted.tolist(), np.split(np.arange(len(numbers)), begin[1:])))
+    count, tracked = {"too small": 0, "crops": 0, "frames": 0}, set()
+    beside = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}")
+
+    def write(number: int, frame: np.ndarray) -> np.ndarray:
+        """Write the crops of a frame; which of its boxes were large enough."""
+        rows = rows_of[number]
+        x0, y0, x1, y1 = np.concatenate([boxes[rows, :2], boxes[rows, :2] + boxes[rows, 2:]], 1).round().T
+        x0, x1 = (x.clip(0, frame.shape[1]).astype(np.int64) for x in (x0, x1))
+        y0, y1 = (y.clip(0, frame.shape[0]).astype(np.int64) for y in (y0, y1))
+        large = (y1 - y0 >= max(min_size[0], 1)) & (x1 - x0 >= max(min_size[1], 1))
+        for det in np.flatnonzero(large):
+            image = torch.from_numpy(frame[y0[det] : y1[det], x0[det] : x1[det]]).permute(2, 0, 1).contiguous()
+            jpeg = encode_jpeg(image, quality=quality).numpy()
+            (beside / f"{numbers[rows[det], 1]:06d}_{number:07d}_{det:02d}.jpg").write_bytes(jpeg.tobytes())
+        return rows[large]
+
+    def take(number: int, future) -> None:
+        rows = future.result()
+        count["crops"] += len(rows)
+        count["too small"] += len(rows_of[number]) - len(rows)
+        count["frames"] += 1
+        tracked.update(numbers[rows, 1].tolist())
+
+    try:
+        beside.mkdir(parents=True)
+        with ThreadPoolExecutor(workers) as pool:  # encoding runs beside decoding
+            waiting = []
+            for number, frame in read_frames(video, wanted, first if video.is_dir() else start):
+                waiting.append((number, pool.submit(write, number, frame)))
+                if len(waiting) > 4 * workers:
+                    take(*waiting.pop(0))
+            for number, future in waiting:
+                take(number, future)
+        lost = len(numbers) - count["crops"] - count["too small"]
+        if lost > 0.01 * len(numbers):
+            raise ValueError(f"{tracks}: {lost:,} of {len(numbers):,} boxes are on frames that {video} does not have or that are broken "
+                             f"(the tracks go from frame {wanted[0]} to {wanted[-1]}); another --first?")  # fmt: skip
+        if not count["crops"]:
+            raise ValueError(f"{tracks}: no box is left of {len(keep):,}: {dropped | count}")
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    count |= {"tracks": len(tracked), "on missing frames": lost} | dropped
+    seconds = time.time() - started
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in count.items() if n and reason not in ("crops", "frames", "tracks"))
+    print(f"{folder}: {count['crops']:,} crops of {count['tracks']:,} tracks on {count['frames']:,} frames, {count['frames'] / seconds:.0f} frames/s"
+          + (f"; dropped: {reasons}" if reasons else ""), flush=True)  # fmt: skip
+    return count
+
+
+def video_name(video: Path) -> str:
+    """The name of a video's folder of crops: its own without suffix, that of the sequence for MOTChallenge's img1/."""
+    video = video.resolve()
+    return video.stem if video.is_file() else video.parent.name if video.name == "img1" else video.name
+
+
+def crop_split(split, out, tracks=None, **options) -> None:
+    """`crop` every sequence of a MOTChallenge split (<split>/<sequence>/img1/), by its own gt/gt.txt, or a tracker's results
+    <tracks>/<sequence>.txt. MOT17 holds each video three times, for three detectors: the first with tracks is taken. Sequences
+    cropped before are passed over. Raises ValueError where there is none, and for those without tracks."""
+    sequences = sorted(folder.parent for folder in Path(split).glob("*/img1"))
+    file_of = lambda sequence: Path(tracks) / f"{sequence.name}.txt" if tracks else sequence / "gt" / "gt.txt"
+    videos = {}
+    for sequence in sorted(sequences, key=lambda sequence: not file_of(sequence).exists()):
+        videos.setdefault(re.sub(r"-(DPM|FRCNN|SDP)$", "", sequence.name), sequence)
+    missing = [str(file_of(sequence)) for sequence in videos.values() if not file_of(sequence).exists()]
+    if not videos or missing:
+        raise ValueError(f"{split}: " + (f"no tracks for {len(missing)} of {len(videos)} sequences, the first: {missing[0]}" if videos else
+                         "no sequences; expected <sequence>/img1/000001.jpg and <sequence>/gt/gt.txt, or --tracks FOLDER"))  # fmt: skip
+    for sequence in sorted(videos.values()):
+        if (Path(out) / sequence.name).exists():
+            print(f"{Path(out) / sequence.name}: there already, left as it is", flush=True)
+        else:
+            crop(sequence / "img1", file_of(sequence), out, **options)
 
 
 # ---------------------------------------------------------------- walkers: drawn people whose identities are known
@@ -526,3 +732,40 @@ def draw_person(image: np.ndarray, x: np.ndarray, y: np.ndarray, look: dict, box
     arm(1)
     bag = 0.13 * girth * np.sign(front)  # in the left hand
     limb(bag, 0.5, bag, 0.58, 0.04, 0.05, look["bag_colour"], shown=look["bag"] == 2)
+
+
+def main() -> None:
+    """Cut tracklets out of videos."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    command = parser.add_subparsers(required=True).add_parser(
+        "crop", help="cut a tracker's boxes out of a video", description=crop.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    given = command.add_mutually_exclusive_group(required=True)
+    given.add_argument("--video", help="a video file (needs the package av), or a folder of frames")
+    given.add_argument("--split", help="a MOTChallenge split, <split>/<sequence>/img1/, instead")
+    command.add_argument("--tracks", help="MOTChallenge track file; with --split a folder of <sequence>.txt (default: each gt/gt.txt)")
+    command.add_argument("--out", required=True, help="folder to write <video>/<track>_<frame>_<det>.jpg into")
+    command.add_argument("--every", type=int, default=1, help="take every n-th frame")
+    command.add_argument("--confidence", type=float, default=-math.inf, help="drop boxes of a lower one (default: keep all)")
+    command.add_argument("--min_size", type=int, nargs=2, default=(1, 1), metavar=("H", "W"), help="drop smaller boxes, pixels")
+    command.add_argument("--first", type=int, help="what the tracks call the first frame, 0 or 1 (default: 0 if they name a frame 0)")
+    command.add_argument("--quality", type=int, default=95, help="of the JPEGs, 1 to 100")
+    command.add_argument("--workers", type=int, default=2, help="threads that encode crops while the video is decoded")
+    args = vars(parser.parse_args())
+    for flag, low, high in (("every", 1, math.inf), ("quality", 1, 100), ("workers", 1, math.inf)):
+        if not low <= args[flag] <= high:
+            raise ValueError(f"--{flag} {args[flag]}: expected {low} " + ("or more" if high == math.inf else f"to {high}"))
+    video, split, tracks, out = (args.pop(name) for name in ("video", "split", "tracks", "out"))
+    args["min_size"] = tuple(args["min_size"])
+    if split:
+        crop_split(split, out, tracks, **args)
+    elif not tracks:
+        raise ValueError("--video needs --tracks, a MOTChallenge track file of that video")
+    else:
+        crop(video, tracks, out, **args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"data.py: {error}")

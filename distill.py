@@ -233,8 +233,7 @@ class Network(nn.Module):
     def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
-        convolutional = sum(p.numel() for p in backbone.parameters() if p.ndim == 4) > sum(p.numel() for p in backbone.parameters()) / 2
-        self.memory_format = torch.channels_last if convolutional else torch.contiguous_format  # in which it runs faster
+        self.memory_format = getattr(backbone, "memory_format", torch.contiguous_format)
         self.to(memory_format=self.memory_format)
 
     def forward(self, crops: list[Tensor]) -> tuple[Tensor, Tensor]:

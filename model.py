@@ -87,6 +87,8 @@ class ResNet(nn.Module):
     images (B, 3, H, W) -> features (B, embed_dim), the mean over the last feature map of H/16 x W/16.
     """
 
+    memory_format = torch.channels_last  # in which it trains faster
+
     def __init__(self, block: type, layers: tuple, width: int = 64, ibn: bool = True):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)

@@ -32,8 +32,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (
-    Images, check_readable, count_steps, draw_walkers, find_splits, load_batches, read_labels, read_tracklets, refuse_unreadable, replace_unreadable,
-    replacing, sample_identities, write_labels,
+    Images, check_readable, count_steps, draw_walkers, find_splits, load_batches, read_identities, read_labels, read_tracklets, refuse_unreadable,
+    replace_unreadable, replacing, sample_identities, write_labels,
 )  # fmt: skip
 from denoise import check_index, denoise_tracklets, show_identities
 from distill import (
@@ -583,15 +583,15 @@ def main() -> None:
     train_folder, test_folder = find_splits(root)
     if run.rank > 0:
         dist.barrier()  # the first process scans; the others may find its index
-    tracklets = read_tracklets(train_folder)
+    tracklets, given = read_identities(s.labels, train_folder) if s.labels else (read_tracklets(train_folder), None)
     test = read_tracklets(test_folder) if test_folder else None
     if run.rank == 0:
         dist.barrier()
-    run.say("data", f"{train_folder}: {tracklets}{drawn}")
-    truth = read_labels(root / "train.json", tracklets) if test and (root / "train.json").exists() else None
+    named = f"{len(tracklets):,} images of {tracklets.track.max() + 1:,} identities, by {s.labels}"
+    run.say("data", f"{train_folder}: {named if s.labels else tracklets}{drawn}")
+    truth = read_labels(root / "train.json", tracklets) if test and not s.labels and (root / "train.json").exists() else None
     benchmark = label_tracklets(test, read_labels(root / "test.json", test)) if test else None
     run.say("", f"{test_folder}: {test}, held out" if test else f"{root} does not hold all of train/, test/ and test.json: no evaluation")
-    given = read_labels(s.labels, tracklets) if s.labels else None
     check_readable(tracklets)
     if given is not None:
         plan_epochs(given, s, s.K, s.epochs)  # fails here where identities fill no batch

@@ -1,10 +1,11 @@
 """data.py: the index, labels, pixels, the sampler, and the drawn set."""
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from torchvision.io import encode_jpeg
+from torchvision.io import ImageReadMode, decode_image, encode_jpeg, encode_png
 
 import data
 
@@ -128,12 +129,12 @@ def test_ids_are_written_contiguous_from_one(tmp_path):
 
 
 @pytest.mark.parametrize("entries, message", [
-    ([{"file_path": "../secret.jpg", "id": 1}], "leave the root"),
-    ([{"file_path": "/etc/1_1_1.jpg", "id": 1}], "leave the root"),
+    ([{"file_path": "../secret.jpg", "id": 1}], "leave the folder"),
+    ([{"file_path": "/etc/1_1_1.jpg", "id": 1}], "leave the folder"),
     ([{"file_path": "a/000009_0000001_00.jpg", "id": 1}], "not among the images"),
     ([{"file_path": FILES[0], "id": 0}], "whole numbers from 1"),
     ([{"file_path": FILES[0], "id": "1"}], "whole numbers from 1"),
-    ([{"file_path": FILES[0], "id": 1}, {"file_path": FILES[0], "id": 2}], "more than once"),
+    ([{"file_path": FILES[0], "id": 1}, {"file_path": FILES[0], "id": 2}], "1 files are named more than once, the first: b/000002"),
     ([{"path": FILES[0], "id": 1}], "expected a JSON list"),
     ({"file_path": FILES[0]}, "expected a JSON list"),
     ({"file_path": FILES[0], "id": 1}, "expected a JSON list"),
@@ -249,3 +250,209 @@ def test_walkers_noise_is_how_often_the_tracker_fails(tmp_path):
         ids = data.read_labels(root / "train.json", t)
         shares[noise] = np.mean([len(np.unique(ids[t.track == n])) > 1 or ids[t.track == n][0] < 0 for n in range(t.track[-1] + 1)])
     assert shares[0] == 0 < shares[1]
+
+
+def test_an_annotation_alone_is_an_index_of_files_of_any_names(tmp_path):
+    """CION-AL's layout: sec0/ to sec129/ and cional_annos.json beside them."""
+    files = ["sec0/Japan/Tokyo/abc/000001_0000010_03.jpg", "sec0/Japan/Tokyo/abc/000002_0000010_01.jpg", "sec12/anything at all.jpg", "sec129/Österreich/7.jpg"]
+    make_tree(tmp_path, files + ["sec0/not named.jpg"])
+    entries = [{"file_path": files[i], "id": n} for i, n in ((0, 1), (2, 1), (3, 2), (1, 3))]
+    (tmp_path / "cional_annos.json").write_text(json.dumps(entries))
+    t, labels = data.read_identities(tmp_path / "cional_annos.json", tmp_path)
+    assert sorted(t.path(i) for i in range(len(t))) == sorted(files)
+    assert {t.path(i): int(label) + 1 for i, label in enumerate(labels)} == {e["file_path"]: e["id"] for e in entries}
+    assert all(data.Images(t, (16, 8))[i][1] for i in range(len(t)))
+    data.write_labels(tmp_path / "again.json", t, labels)
+    assert data.read_labels(tmp_path / "again.json", t).tolist() == labels.tolist()
+    with pytest.raises(ValueError, match="no such folder"):
+        data.read_identities(tmp_path / "cional_annos.json", tmp_path / "elsewhere")
+
+
+# ---------------------------------------------------------------- from videos to tracklets
+
+SIDE = (120, 160)  # height and width of the frames
+
+
+def frame_of(number: int) -> np.ndarray:
+    """A frame whose red tells its number, green grows from left to right and blue from top to bottom, one level a pixel."""
+    frame = np.empty((*SIDE, 3), np.uint8)
+    frame[..., 0], frame[..., 1], frame[..., 2] = 20 * number, np.arange(SIDE[1]), np.arange(SIDE[0])[:, None]
+    return frame
+
+
+def make_frames(folder, numbers, suffix=".png"):
+    folder.mkdir(parents=True)
+    for number in numbers:
+        image, encode = torch.from_numpy(frame_of(number)).permute(2, 0, 1), encode_png if suffix == ".png" else encode_jpeg
+        (folder / f"{number:06d}{suffix}").write_bytes(encode(image.contiguous()).numpy().tobytes())
+    return folder
+
+
+def make_tracks(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    return file
+
+
+def seen(file) -> tuple[int, tuple, tuple]:
+    """Of a crop: the number of its frame, left and top, width and height, as the pixels tell."""
+    image = decode_image(torch.from_numpy(np.fromfile(file, np.uint8)), ImageReadMode.RGB).float()
+    return round(float(image[0].mean()) / 20), (image[1, :, 0].mean().item(), image[2, 0].mean().item()), tuple(image.shape[:0:-1])
+
+
+def test_crops_show_what_the_boxes_held(tmp_path):
+    tracks = make_tracks(tmp_path / "street.txt", [
+        (1, 7, 30, 20, 40, 60, 0.9, -1, -1, -1), (1, 3, 100.4, 50.6, 20, 30, 0.9, -1, -1, -1), (2, 7, 35, 20, 40, 60, 0.9, -1, -1, -1),
+        (4, 3, 140, 100, 40, 60, 0.9, -1, -1, -1),  # hangs over the lower right corner
+        (4, 7, -10, -5, 30, 25, 0.9, -1, -1, -1), (4, 9, 300, 20, 40, 60, 0.9, -1, -1, -1),  # over the upper left; outside
+    ])  # fmt: skip
+    count = data.crop(make_frames(tmp_path / "street", [1, 2, 3, 4]), tracks, tmp_path / "out")
+    want = {"000007_0000001_00": (1, (30, 20), (40, 60)), "000003_0000001_01": (1, (100, 51), (20, 30)), "000007_0000002_00": (2, (35, 20), (40, 60)),
+            "000003_0000004_00": (4, (140, 100), (20, 20)), "000007_0000004_01": (4, (0, 0), (20, 20))}  # fmt: skip
+    folder = tmp_path / "out" / "street"
+    assert {file.stem for file in folder.iterdir()} == set(want)
+    for name, (number, corner, size) in want.items():
+        found = seen(folder / f"{name}.jpg")
+        assert (found[0], found[2]) == (number, size) and np.allclose(found[1], corner, atol=3), name
+    assert count["crops"] == 5 and count["too small"] == 1 and count["tracks"] == 2 and count["frames"] == 3
+    t = data.read_tracklets(tmp_path / "out")
+    assert t.track.tolist() == [0, 0, 1, 1, 1] and t.frame.tolist() == [1, 4, 1, 2, 4] and t.folders == ["street"]
+
+
+def test_flags_of_cropping(tmp_path):
+    frames = make_frames(tmp_path / "f", range(1, 9), ".jpg")
+    rows = [(n, 1, 10, 10, 20, 40, 0.1 * n, -1, -1, -1) for n in range(1, 9)] + [(1, 2, 60, 10, 19, 40, 1, -1, -1, -1), (1, -1, 9, 9, 20, 40, 1, -1, -1, -1)]
+    tracks = make_tracks(tmp_path / "t.txt", rows)
+    names = lambda out: sorted(file.stem for file in (tmp_path / out / "f").iterdir())
+    data.crop(frames, tracks, tmp_path / "every", every=3)
+    assert names("every") == ["000001_0000001_00", "000001_0000004_00", "000001_0000007_00", "000002_0000001_01"]
+    count = data.crop(frames, tracks, tmp_path / "sure", confidence=0.75)
+    assert names("sure") == ["000001_0000008_00", "000002_0000001_00"] and count["below confidence 0.75"] == 7 and count["of no track"] == 1
+    count = data.crop(frames, tracks, tmp_path / "large", min_size=(40, 20))
+    assert len(names("large")) == 8 and count["too small"] == 1
+    small = data.crop(frames, tracks, tmp_path / "small", quality=5)
+    size = lambda out: sum(file.stat().st_size for file in (tmp_path / out / "f").iterdir())
+    assert small["crops"] == 9 and size("small") < size("large")
+
+
+def test_tracks_that_count_frames_from_zero(tmp_path):
+    frames = make_frames(tmp_path / "f", [1, 2, 3])
+    tracks = make_tracks(tmp_path / "t.txt", [(0, 1, 0, 0, 20, 40, 1, -1, -1, -1), (2, 1, 0, 0, 20, 40, 1, -1, -1, -1)])
+    with pytest.raises(ValueError, match="1 of 2 boxes are on frames that .* does not have .*another --first"):
+        data.crop(frames, tracks, tmp_path / "out")
+    assert not (tmp_path / "out" / "f").exists() and not list((tmp_path / "out").iterdir())  # nothing half-written
+    data.crop(frames, tracks, tmp_path / "out", first=0)
+    assert [seen(tmp_path / "out" / "f" / f"000001_000000{n}_00.jpg")[0] for n in (0, 2)] == [1, 3]
+
+
+def test_motchallenges_truth_keeps_people_to_consider(tmp_path):
+    """Nine columns, as MOT17's gt.txt: flag, class (1 walks, 7 stands, 8 distracts), visibility."""
+    rows = [(1, 1, 10, 10, 20, 40, 1, 1, 0.8), (1, 2, 30, 10, 20, 40, 0, 1, 1), (1, 3, 50, 10, 20, 40, 1, 7, 1), (1, 4, 70, 10, 20, 40, 0, 8, 1)]
+    numbers, boxes, dropped = data.read_tracks(make_tracks(tmp_path / "gt.txt", rows))
+    assert numbers.tolist() == [[1, 1]] and boxes.tolist() == [[10, 10, 20, 40]] and dropped["not people to consider"] == 3
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "t.txt: expected lines of"),
+    ("1,2,3\n", r"got 1 lines of 3 numbers"),
+    ("1,2,3,4,5,6,1\nframe,2,3,4,5,6,1\n", "expected lines of numbers.*'frame'"),
+    ("1,2,3,4,5,6,1\n1,2,3,4,5\n", "expected lines of numbers.*columns changed"),
+    ("1,2,3,4,5,6,1\n1,2.5,3,4,5,6,1\n", "line 2: expected a frame and a track in whole numbers"),
+    ("1,2,3,4,nan,6,1\n", "line 1: expected"),
+    ("1,-1,3,4,5,6,1\n2,-1,3,4,5,6,1\n", "these are detections, not tracks"),
+])  # fmt: skip
+def test_broken_tracks_are_refused(tmp_path, text, message):
+    (tmp_path / "t.txt").write_text(text)
+    with pytest.warns() if not text else __import__("contextlib").nullcontext(), pytest.raises(ValueError, match=message):
+        data.read_tracks(tmp_path / "t.txt")
+
+
+def test_tracks_separated_by_spaces_are_read(tmp_path):
+    (tmp_path / "t.txt").write_text("3 1 10 10 20 40 1\n1 1 10 11 20 40 1\n")
+    numbers, boxes, _ = data.read_tracks(tmp_path / "t.txt")
+    assert numbers.tolist() == [[1, 1], [3, 1]] and boxes[:, 1].tolist() == [11, 10]
+
+
+def test_wrong_videos_are_refused_and_leave_nothing(tmp_path):
+    tracks = make_tracks(tmp_path / "t.txt", [(n, 1, 10, 10, 20, 40, 1, -1, -1, -1) for n in (1, 2)])
+    with pytest.raises(ValueError, match="nothing: no such file or folder"):
+        data.crop(tmp_path / "nothing", tracks, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected images named by their frames"):
+        data.crop(tmp_path / "empty", tracks, tmp_path / "out")
+    frames = make_frames(tmp_path / "f", [1, 2])
+    (frames / "000002.png").write_bytes((frames / "000002.png").read_bytes()[:100])
+    with pytest.raises(ValueError, match="1 of 2 boxes are on frames that .* does not have or that are broken"):
+        data.crop(frames, tracks, tmp_path / "out")
+    with pytest.raises(ValueError, match="no box is left of 1"):
+        data.crop(frames, make_tracks(tmp_path / "o.txt", [(1, 1, 500, 10, 20, 40, 1, -1, -1, -1)]), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "out" / "f").mkdir()
+    with pytest.raises(ValueError, match="out/f: exists already"):
+        data.crop(frames, tracks, tmp_path / "out")
+
+
+def test_a_split_of_motchallenge_at_once(tmp_path, capsys):
+    row = lambda n: [(n, 1, 10, 10, 20, 40, 1, 1, 1.0)]
+    for name in ("MOT17-02-DPM", "MOT17-02-FRCNN", "MOT17-02-SDP", "MOT17-04-DPM", "dancetrack0001"):
+        make_frames(tmp_path / "train" / name / "img1", [1, 2])
+        make_tracks(tmp_path / "train" / name / "gt" / "gt.txt", row(1))
+        make_tracks(tmp_path / "train" / name / "det" / "det.txt", [(1, -1, 10, 10, 20, 40, 1)])
+    data.crop_split(tmp_path / "train", tmp_path / "out")
+    files = sorted(str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*.jpg"))
+    assert files == [f"{name}/000001_0000001_00.jpg" for name in ("MOT17-02-DPM", "MOT17-04-DPM", "dancetrack0001")]
+    capsys.readouterr()
+    data.crop_split(tmp_path / "train", tmp_path / "out")
+    assert capsys.readouterr().out.count("there already, left as it is") == 3
+    for name in ("MOT17-02-SDP", "MOT17-04-DPM"):  # a tracker's results, for one of three detectors
+        make_tracks(tmp_path / "results" / f"{name}.txt", [(2, 5, 10, 10, 20, 40, 1, -1, -1, -1)])
+    with pytest.raises(ValueError, match="no tracks for 1 of 3 sequences, the first: .*dancetrack0001.txt"):
+        data.crop_split(tmp_path / "train", tmp_path / "other", tmp_path / "results")
+    make_tracks(tmp_path / "results" / "dancetrack0001.txt", [(2, 5, 10, 10, 20, 40, 1, -1, -1, -1)])
+    data.crop_split(tmp_path / "train", tmp_path / "other", tmp_path / "results")
+    assert (tmp_path / "other" / "MOT17-02-SDP" / "000005_0000002_00.jpg").is_file() and not (tmp_path / "other" / "MOT17-02-DPM").exists()
+    with pytest.raises(ValueError, match="no sequences; expected <sequence>/img1/000001.jpg"):
+        data.crop_split(tmp_path / "results", tmp_path / "third")
+
+
+def make_video(file, numbers):
+    av = pytest.importorskip("av")
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate, stream.gop_size = SIDE[1], SIDE[0], "yuv420p", 8_000_000, 4
+        for number in numbers:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame_of(number), format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return file
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_video_file_is_cropped_at_the_frames_that_the_tracks_name(tmp_path, start):
+    video = make_video(tmp_path / "walk.mp4", range(1, 11))
+    rows = [(n, 1, 30, 20, 40, 60, 1, -1, -1, -1) for n in range(start, start + 10, 3)]
+    data.crop(video, make_tracks(tmp_path / "t.txt", rows), tmp_path / "out")
+    files = sorted((tmp_path / "out" / "walk").iterdir())
+    assert [int(re.search(r"_(\d+)_", file.name)[1]) for file in files] == [start, start + 3, start + 6, start + 9]
+    assert [seen(file)[0] for file in files] == [1, 4, 7, 10]
+    assert all(seen(file)[2] == (40, 60) and np.allclose(seen(file)[1], (30, 20), atol=8) for file in files)
+
+
+def test_half_a_video_is_refused(tmp_path):
+    video = make_video(tmp_path / "walk.avi", range(1, 11))
+    tracks = make_tracks(tmp_path / "t.txt", [(n, 1, 30, 20, 40, 60, 1, -1, -1, -1) for n in range(1, 11)])
+    video.write_bytes(video.read_bytes()[: len(video.read_bytes()) // 2])
+    with pytest.raises(ValueError, match="of 10 boxes are on frames that .* does not have"):
+        data.crop(video, tracks, tmp_path / "out")
+    video.write_bytes(b"nothing that moves")
+    with pytest.raises(ValueError, match="of 10 boxes are on frames"):
+        data.crop(video, tracks, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_av_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    (tmp_path / "walk.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match="needs the package av: pip install av"):
+        data.crop(tmp_path / "walk.mp4", make_tracks(tmp_path / "t.txt", [(1, 1, 30, 20, 40, 60, 1)]), tmp_path / "out")

@@ -84,7 +84,7 @@ def test_denoise_alone_writes_an_annotation_that_training_takes(finished, walker
     output = run(folder, "train.py", "--data", walkers, "--labels", "mine.json", "--name", "labelled", *TINY)
     assert "stage 2" in output and "stage 1" not in output and "denoise " not in output
     output = run(folder, "train.py", "--data", walkers, "--weights", "runs/tiny/last.pt", "--name", "weighted", *TINY)
-    assert "matched, 0 missing, 0 left over" in output and "denoise" in output and "stage 1" not in output
+    assert "tensors matched, missing 0, left over" in output and "denoise" in output and "stage 1" not in output
 
 
 def test_denoise_takes_features_from_anywhere_and_other_thresholds_without_extracting_again(finished, walkers, tmp_path):
@@ -201,3 +201,98 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(w
     assert "not finite" in output or "the loss is" in output
     state = torch.load(tmp_path / "runs" / "nan" / "last.pt", weights_only=True)
     assert all(torch.isfinite(v).all() for v in state["teacher"].values() if v.is_floating_point())
+
+
+@pytest.fixture(scope="module")
+def market(walkers, tmp_path_factory):
+    """Held-out walkers under Market-1501's names: the first three videos are queries' cameras and all are the gallery's."""
+    root = tmp_path_factory.mktemp("market") / "Market-1501-v15.09.15"
+    t = data.read_tracklets(walkers / "test")
+    ids = data.read_labels(walkers / "test.json", t)
+    for folder in ("query", "bounding_box_test"):
+        (root / folder).mkdir(parents=True)
+    for i in range(len(t)):
+        source, person = walkers / "test" / t.path(i), -1 if ids[i] < 0 else ids[i] + 1
+        shutil.copy(source, root / "bounding_box_test" / f"{person if person < 0 else f'{person:04d}'}_c{t.video[i] + 1}s1_{i:06d}_01.jpg")
+        if person > 0 and i % 5 == 0:
+            shutil.copy(source, root / "query" / f"{person:04d}_c{t.video[i] + 1}s1_{i:06d}_00.jpg")
+    return root
+
+
+def test_a_benchmark_is_evaluated_with_everything_on(finished, market, tmp_path):
+    weights = finished[0] / "runs" / "tiny" / "last.pt"
+    flags = ["evaluate.py", "--weights", weights, "--data", market, "--workers", 0, "--flip", "--rerank", "--show", 13, "--out", tmp_path / "sheets"]
+    output = run(tmp_path, *flags, "--export", "features.npz")
+    for text in ("tensors matched, missing 0", "query: ", "gallery: ", "junk left out", "last + flip ", "last + flip, re-ranked ", "features: features.npz"):
+        assert text in output, output
+    assert sorted(file.name for file in (tmp_path / "sheets").iterdir()) == ["last-ranked-01.png", "last-ranked-02.png"]
+    with np.load(tmp_path / "features.npz") as f:
+        arrays = {name: f[name] for name in f}
+    assert len(arrays["features"]) == len(arrays["paths"]) == len(arrays["query"]) + len(arrays["gallery"])
+    assert all((market / path).is_file() for path in arrays["paths"])
+    assert "features.npz: exists already" in run(tmp_path, *flags, "--export", "features.npz", fails=True)
+    # two processes share the images and come to the same bits
+    again = run(tmp_path, *flags, "--export", "two.npz", launcher=[*TORCHRUN, "--nproc_per_node=2"])
+    with np.load(tmp_path / "two.npz") as f:
+        assert all(np.array_equal(f[name], arrays[name]) for name in arrays)
+    table = lambda text: [line for line in text.splitlines() if "last + flip" in line]
+    assert table(again) == table(output) and len(table(output)) == 2
+
+
+def test_what_evaluate_refuses(finished, market, tmp_path):
+    weights = finished[0] / "runs" / "tiny" / "last.pt"
+    evaluate = lambda data, *flags: run(tmp_path, "evaluate.py", "--weights", weights, "--data", data, "--workers", 0, "--export", "out.npz", *flags, fails=True)
+    copy = tmp_path / "copy"
+    shutil.copytree(market, copy)
+    for file in (copy / "bounding_box_test").iterdir():  # every camera of the gallery is the first
+        file.rename(file.with_name(file.name.replace(file.name.split("_")[1], "c1s1")))
+    for file in (copy / "query").iterdir():
+        if "_c1s" not in file.name:
+            file.unlink()
+    assert "under the query's own camera" in evaluate(copy)
+    for file in (copy / "bounding_box_test").iterdir():
+        file.rename(file.with_name(f"9{file.name.lstrip('-')}"))
+    assert "no image of their identities is in the gallery" in evaluate(copy)
+    for file in sorted((copy / "bounding_box_test").iterdir())[:50]:
+        file.write_bytes(b"half a JPEG")
+    assert "images cannot be read as JPEG (more than 1%)" in evaluate(copy)
+    shutil.rmtree(copy / "query")
+    assert "query missing" in evaluate(copy)
+    assert "does not say which architecture" in run(tmp_path, "evaluate.py", "--weights", save_plain(tmp_path), "--data", market, fails=True)
+    assert "--show -1: expected 0 or more" in evaluate(market, "--show", -1)
+    assert not list(tmp_path.glob("*.npz*"))
+
+
+def save_plain(folder):
+    from model import build
+
+    torch.save(build("r10ibn").state_dict(), folder / "plain.pth")
+    return folder / "plain.pth"
+
+
+def test_a_damaged_image_is_left_out_and_said(finished, market, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(market, copy)
+    victim = next(file for file in sorted((copy / "bounding_box_test").iterdir()) if not file.name.startswith("-1"))
+    victim.write_bytes(victim.read_bytes()[:200])
+    output = run(tmp_path, "evaluate.py", "--weights", finished[0] / "runs" / "tiny" / "last.pt", "--data", copy, "--workers", 0)
+    assert f"1 images cannot be read and are left out, the first: bounding_box_test/{victim.name}" in output and "mAP" in output
+
+
+def test_crops_of_a_video_can_be_trained_on(tmp_path):
+    """Frames and tracks to tracklets, to a run: the commands that the README gives for videos of one's own."""
+    from torchvision.io import encode_jpeg
+
+    generator = torch.Generator().manual_seed(0)
+    for video in range(3):
+        (tmp_path / f"v{video}").mkdir()
+        for n in range(1, 7):
+            frame = torch.randint(0, 256, (3, 9, 16), dtype=torch.uint8, generator=generator).repeat_interleave(10, 1).repeat_interleave(10, 2)
+            (tmp_path / f"v{video}" / f"{n:06d}.jpg").write_bytes(encode_jpeg(frame).numpy().tobytes())
+        rows = [f"{n},{track},{20 * track},10,20,50,1,-1,-1,-1\n" for n in range(1, 7) for track in range(7)]
+        (tmp_path / f"v{video}.txt").write_text("".join(rows))
+        output = run(tmp_path, "data.py", "crop", "--video", f"v{video}", "--tracks", f"v{video}.txt", "--out", "crops", "--min_size", 20, 10)
+        assert "42 crops of 7 tracks on 6 frames" in output
+    assert "exists already" in run(tmp_path, "data.py", "crop", "--video", "v0", "--tracks", "v0.txt", "--out", "crops", fails=True)
+    output = run(tmp_path, "train.py", "--data", "crops", "--name", "own", *TINY, "--batch", 8)
+    assert "3 videos, 21 tracklets, 126 images" in output and "stage 1" in output

@@ -1,24 +1,123 @@
 """model.py: published sizes, names, and weights from elsewhere."""
 import argparse
+import hashlib
 import pickle
 
 import pytest
 import torch
+import torchvision
 
+import distill
 import model
 
 PUBLISHED = {
     "r18": (11_176_512, 512), "r18ibn": (11_176_512, 512), "r50": (23_508_032, 2048), "r50ibn": (23_508_032, 2048),
     "r101ibn": (42_500_160, 2048), "r152ibn": (58_143_808, 2048),
+    "r101": (42_500_160, 2048), "r152": (58_143_808, 2048),
     "vit_tiny": (6_233_856, 192), "vit_small": (23_001_024, 384), "vit_base": (88_385_856, 768),
+    "convnext_tiny": (27_820_128, 768), "convnext_small": (49_454_688, 768), "convnext_base": (87_566_464, 1024),
+    "swin_t": (27.5, 768), "swin_s": (48.9, 768), "swin_b": (86.8, 1024),  # millions, with the index buffers of their windows
+    "timm/ghostnet_050": (1_306_292, 1280), "timm/ghostnet_100": (3_901_508, 1280), "timm/ghostnet_130": (6_077_820, 1280),
+    "timm/edgenext_x_small": (2_143_804, 192), "timm/edgenext_small": (5_281_832, 304), "timm/edgenext_base": (17_926_292, 584),
+    "timm/repvit_m0_9": (4.72, 384), "timm/repvit_m1_0": (6.40, 448), "timm/repvit_m1_5": (13_616_384, 512),
+    "timm/fastvit_s12": (8_448_576, 1024), "timm/fastvit_sa12": (10_555_968, 1024), "timm/fastvit_sa24": (20_529_216, 1024),
+    "timm/volo_d1_224": (25.8, 384), "timm/volo_d2_224": (57.6, 512), "timm/volo_d3_224": (85.3, 512),
 }  # fmt: skip
+
+
+def test_the_zoo_is_the_papers():
+    assert set(PUBLISHED) == set(model.ZOO) and len(model.ZOO) == 32
+
+
+def build(arch: str) -> torch.nn.Module:
+    if arch.startswith("timm/"):
+        pytest.importorskip("timm")
+    return model.build(arch)
 
 
 @pytest.mark.parametrize("arch", PUBLISHED)
 def test_parameter_counts_and_embeddings_are_the_published_ones(arch):
     with torch.device("meta"):
-        network = model.build(arch)
-    assert (sum(p.numel() for p in network.parameters()), network.embed_dim) == PUBLISHED[arch]
+        network = build(arch)
+    count, (published, embedding) = sum(p.numel() for p in network.parameters()), PUBLISHED[arch]
+    count += sum(b.numel() for name, b in network.named_buffers() if name.endswith("relative_position_index"))
+    assert network.embed_dim == embedding
+    assert count == published if isinstance(published, int) else round(count / 1e6, len(str(published).split(".")[1])) == published
+
+
+@pytest.mark.parametrize("arch", PUBLISHED)
+def test_takes_both_crop_sizes_and_a_training_step(arch):
+    """A global and a local crop of two images of one identity go through student and teacher; the loss moves the student."""
+    torch.manual_seed(0)
+    student = distill.Network(build(arch), model.Head(PUBLISHED[arch][1], prototypes=32, hidden=32, bottleneck=16))
+    with torch.no_grad():
+        teacher_z, teacher_prototypes = student([torch.randn(4, 3, 256, 128)])
+    z, prototypes = student([torch.randn(4, 3, 256, 128), torch.randn(4, 3, 128, 64)])
+    assert z.shape == (2, 4, 16) and teacher_z.shape == (1, 4, 16)
+    p = torch.softmax(teacher_z @ teacher_prototypes.T / 0.04, -1)
+    loss = -(p * torch.log_softmax(z @ prototypes.T / 0.1, -1)).sum(-1).mean()
+    loss.backward()
+    gradients = {name: p.grad for name, p in student.backbone.named_parameters()}
+    lost = [name for name, g in gradients.items() if g is None or not torch.isfinite(g).all()]
+    assert not lost and sum(g.abs().sum() for g in gradients.values()) > 0
+    before = [p.detach().clone() for p in student.backbone.parameters()]
+    torch.optim.AdamW(student.parameters(), lr=1e-3).step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, student.backbone.parameters()))
+
+
+@pytest.mark.parametrize("arch, published", [("r50ibn", 4.09e9), ("vit_small", 3.79e9)])
+def test_multiply_adds_are_the_published_ones(arch, published):
+    assert model.multiply_adds(arch) == pytest.approx(published, rel=0.02)
+
+
+def test_multiply_adds_of_a_known_layer(monkeypatch):
+    monkeypatch.setitem(model.ARCHITECTURES, "one", lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, padding=1, bias=False)))
+    assert model.multiply_adds("one", (8, 4)) == 8 * 4 * 3 * 5 * 9
+
+
+@pytest.mark.parametrize("arch", ["convnext_tiny", "swin_t", "mobilenet_v3_small"])
+def test_torchvisions_models_lose_only_their_classifier(arch):
+    original = torchvision.models.get_model(arch).eval()
+    network = model.build(arch).eval()
+    assert {name for name, _ in original.named_parameters()} - {name for name, _ in network.named_parameters()} == {
+        name for name, p in original.named_parameters() if len(p) == 1000
+    }
+    assert not any(module.p for module in network.modules() if isinstance(module, (torch.nn.Dropout, torchvision.ops.StochasticDepth)))
+    network.load_state_dict(original.state_dict(), strict=False)
+    images, last = torch.randn(1, 3, 64, 64), [m for m in original.modules() if isinstance(m, torch.nn.Linear)][-1]
+    torch.testing.assert_close(last(network(images)), original(images))
+
+
+def test_volos_positions_follow_the_input():
+    timm = pytest.importorskip("timm")
+    original, network = timm.create_model("volo_d1_224", num_classes=0, img_size=(256, 128)).eval(), model.build("timm/volo_d1_224").eval()
+    assert original.state_dict().keys() == network.state_dict().keys()
+    network.load_state_dict(original.state_dict())
+    images = torch.randn(1, 3, 256, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), original(images))
+        network(torch.randn(1, 3, 128, 64))
+        assert network.pos_embed.shape == (1, 8, 4, 384) and network._parameters["pos_embed"].shape == (1, 16, 8, 384)
+        with pytest.raises(RuntimeError):  # what the few lines are for
+            original(torch.randn(1, 3, 128, 64))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilenetv3_small_050"])
+def test_other_models_of_timm_take_both_crop_sizes(name):
+    pytest.importorskip("timm")
+    network = model.build(f"timm/{name}").eval()
+    model.check_sizes(network, f"timm/{name}", [(256, 128), (128, 64)])
+
+
+def test_what_cannot_take_a_crop_is_refused_with_its_name():
+    with pytest.raises(ValueError, match=r"vit_b_16 cannot take images of 128x64: .*224"):
+        model.check_sizes(model.build("vit_b_16"), "vit_b_16", [(128, 64)])
+
+
+def test_timm_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(ValueError, match="timm/ghostnet_100' needs the package timm: pip install timm"):
+        model.build("timm/ghostnet_100")
 
 
 @pytest.mark.parametrize("arch", ["r10ibn", "r18", "r50ibn", "vit_tiny"])
@@ -56,6 +155,13 @@ def test_state_dict_names_are_the_releases():
     assert len(names) == 172 and names["pos_embed"].shape == (1, 129, 384)
 
 
+@pytest.mark.parametrize("arch, digest", [("r50ibn", "765d1e8cc813ce2a"), ("vit_small", "e1c3cd189d63ceb5")])
+def test_names_and_shapes_are_those_of_the_released_weights(arch, digest):
+    """The digest was made from the names and shapes in the authors' files."""
+    state = {name: list(value.shape) for name, value in model.build(arch).state_dict().items()}
+    assert hashlib.sha256(repr(sorted(state.items())).encode()).hexdigest()[:16] == digest
+
+
 def test_attention_is_the_textbook_formula():
     attention = model.Attention(12, heads=3)
     x = torch.randn(2, 5, 12)
@@ -81,8 +187,15 @@ def test_head_is_a_cosine():
 
 
 def test_unknown_arch_lists_the_known():
-    with pytest.raises(ValueError, match="unknown arch 'resnet'; known: r10ibn, r18"):
+    with pytest.raises(ValueError, match="unknown arch 'resnet'; known: r10ibn, r18.*timm/ghostnet_100"):
         model.build("resnet")
+    with pytest.raises(ValueError, match="unknown arch 'fasterrcnn_resnet50_fpn'"):  # torchvision's, but no classifier
+        model.build("fasterrcnn_resnet50_fpn")
+    with pytest.raises(ValueError, match="squeezenet1_0: does not end in a linear classifier"):
+        model.build("squeezenet1_0")
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="unknown arch 'timm/resnet_of_nobody'"):
+        model.build("timm/resnet_of_nobody")
 
 
 @pytest.mark.parametrize("wrap", [
@@ -133,3 +246,83 @@ def test_files_that_carry_code_are_not_run(tmp_path):
     assert not (tmp_path / "owned").exists()
     with pytest.raises(ValueError, match="no such file"):
         model.load_weights(model.build("r10ibn"), tmp_path / "nothing.pth")
+
+
+def test_imagenet_weights_of_torchvision_load(tmp_path):
+    source = torchvision.models.resnet50()
+    torch.save(source.state_dict(), tmp_path / "resnet50.pth")
+    target = model.build("r50")
+    report = model.load_weights(target, tmp_path / "resnet50.pth")
+    assert not report["missing"] and report["left_over"] == ["fc.weight", "fc.bias"]
+    torch.testing.assert_close(target.layer3[2].conv2.weight, source.layer3[2].conv2.weight)
+    ibn = model.load_weights(model.build("r50ibn"), tmp_path / "resnet50.pth")  # enough of it fits, and what does not is named
+    assert "layer1.0.bn1.IN.weight" in ibn["missing"] and "layer1.0.bn1.weight" in ibn["left_over"] and "layer4.0.bn1.weight" in ibn["matched"]
+    assert model.describe(ibn).startswith(f"{len(ibn['matched'])} tensors matched, missing {len(ibn['missing'])} (layer1.0.bn1.IN.weight, ")
+
+
+def test_a_classifiers_norm_is_loaded_with_the_backbone(tmp_path):
+    source = torchvision.models.convnext_tiny()
+    torch.nn.init.uniform_(source.classifier[0].weight)
+    torch.save(source.state_dict(), tmp_path / "convnext.pth")
+    target = model.build("convnext_tiny")
+    report = model.load_weights(target, tmp_path / "convnext.pth")
+    assert not report["missing"] and report["left_over"] == ["classifier.2.weight", "classifier.2.bias"]
+    assert torch.equal(target.classifier[0].weight, source.classifier[0].weight)
+
+
+def vit_file(dim: int, grid: int = 14) -> dict:
+    """Names and shapes of timm's and DINO's ViTs with 16x16 patches."""
+    own = {k: torch.randn_like(v) for k, v in model.ViT(dim, dim // 64).state_dict().items() if not k.startswith("patch_embed")}
+    return own | {"pos_embed": torch.randn(1, 1 + grid * grid, dim), "patch_embed.proj.weight": torch.randn(dim, 3, 16, 16),
+                  "patch_embed.proj.bias": torch.randn(dim), "head.weight": torch.randn(10, dim)}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"student": {}, "teacher": {f"module.backbone.{k}": v for k, v in s.items()}}])
+def test_vits_of_timm_and_dino_load_as_far_as_names_fit(tmp_path, wrap):
+    source, target = vit_file(384), model.build("vit_small")
+    torch.save(wrap(source), tmp_path / "vit.pth")
+    report = model.load_weights(target, tmp_path / "vit.pth")
+    assert all(name.startswith("patch_embed.") for name in report["missing"]) and "head.weight" in report["left_over"]
+    assert torch.equal(target.blocks[7].attn.qkv.weight, source["blocks.7.attn.qkv.weight"])
+    assert torch.equal(target.pos_embed[:, 0], source["pos_embed"][:, 0]) and target.pos_embed.shape == (1, 129, 384)
+
+
+def test_position_embeddings_are_resized_as_a_picture(tmp_path):
+    rows = torch.arange(14.0)[:, None, None].expand(14, 14, 384)  # they grow from top to bottom
+    file = vit_file(384) | {"pos_embed": torch.cat([torch.zeros(1, 384), rows.reshape(196, 384)])[None]}
+    torch.save(file, tmp_path / "vit.pth")
+    target = model.build("vit_small")
+    model.load_weights(target, tmp_path / "vit.pth")
+    grid = target.pos_embed[0, 1:].view(16, 8, 384)
+    assert (grid.std(1) < 1e-4).all() and (grid[1:, 0, 0] > grid[:-1, 0, 0]).all()
+
+
+def test_a_vit_whose_stem_is_much_of_it_is_refused(tmp_path):
+    torch.save(vit_file(192), tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match="only 8[0-9]% of the model's parameters matched"):
+        model.load_weights(model.build("vit_tiny"), tmp_path / "vit.pth")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = model.build("r10ibn").state_dict()
+    state["layer2.0.conv1.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="1 of .* tensors hold numbers that are not finite, the first: layer2.0.conv1.weight"):
+        model.load_weights(model.build("r10ibn"), tmp_path / "weights.pth")
+
+
+def test_safetensors_load(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    source = model.build("r10ibn")
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    assert not model.load_weights(model.build("r10ibn"), tmp_path / "weights.safetensors")["missing"]
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        model.load_weights(model.build("r10ibn"), tmp_path / "broken.safetensors")
+
+
+def test_the_table_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["model.py", "r10ibn"])
+    model.main()
+    header, row = capsys.readouterr().out.splitlines()
+    assert row.split()[:2] == ["r10ibn", "1,230,240"] and row.split()[4] == "256" and float(row.split()[5]) > 0
