@@ -400,9 +400,7 @@ def read_frames(video: Path, wanted: np.ndarray, first: int | None):
                     yield number, frame.to_ndarray(format="rgb24")
                     if number == max(wanted):
                         return
-    except FileNotFoundError:
-        raise ValueError(f"{video}: no such file or folder") from None
-    except av.error.InvalidDataError as error:
+    except av.error.FFmpegError as error:
         print(f"{video}: cannot be decoded further ({error})", flush=True)
 
 

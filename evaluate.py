@@ -247,8 +247,8 @@ def read_benchmark(root, labels=None, say=print) -> Benchmark:
 def read_labelled(tracklets: Tracklets, labels, say=print) -> Benchmark:
     """Labelled tracklets as a benchmark whose cameras are the videos: see `label_tracklets`."""
     benchmark = label_tracklets(tracklets, read_labels(labels, tracklets))
-    say_split(say, "query", benchmark.ids, benchmark.cams, benchmark.query)
-    say_split(say, "gallery", benchmark.ids, benchmark.cams, benchmark.gallery)
+    for name, items in (("query", benchmark.query), ("gallery", benchmark.gallery)):
+        say_split(say, name, benchmark.ids[items], benchmark.cams[items])
     return benchmark
 
 
@@ -274,9 +274,24 @@ def index_files(root: Path, folders: list[str], names: list[list[str]]) -> Track
     return Tracklets(root, folders, name, video, np.arange(len(name)), np.zeros(len(name), np.int64))
 
 
-def say_split(say, name: str, ids: np.ndarray, cams: np.ndarray, items, what: str = "images", more: str = "") -> None:
-    """One line on a split: how many images (or tracklets), identities and cameras."""
-    say(f"{name + ':':<8} {len(items):>7,} {what} of {len(np.unique(ids[items])):>5,} identities, {len(np.unique(cams[items]))} cameras{more}")
+def say_split(say, name: str, ids: np.ndarray, cams: np.ndarray, what: str = "images", more: str = "", distractors: bool = False) -> None:
+    """One line on a split: how many images (or tracklets), identities and cameras. distractors: identity 0 is nobody."""
+    nobody = int((ids == 0).sum()) if distractors else 0
+    people, notes = np.unique(ids[ids > 0] if distractors else ids), [more] * bool(more)
+    if nobody:
+        notes.insert(0, f"{nobody:,} of them distractors")
+    say(f"{name + ':':<8} {len(ids):>7,} {what} of {len(people):>5,} identities, {len(np.unique(cams))} cameras" + "".join(f"; {note}" for note in notes))
+
+
+PAPERS = {"Market-1501": (3368, 15913), "DukeMTMC-reID": (2228, 17661), "MSMT17": (11659, 82161), "MARS": (1980, 9330)}
+
+
+def compare(say, name: str, benchmark: Benchmark) -> Benchmark:
+    """Say so where query and gallery are not as large as the papers print, without junk; nothing else tells half a download."""
+    found = len(benchmark.query), len(benchmark.gallery)
+    if name in PAPERS and found != PAPERS[name]:
+        say("{} has {:,} queries and a gallery of {:,} in the papers, not {:,} and {:,}: half a download, or a part of it?".format(name, *PAPERS[name], *found))
+    return benchmark
 
 
 def need(root: Path, *names: str) -> None:
@@ -321,17 +336,16 @@ def read_market(root: Path, say=print) -> Benchmark:
         numbers = np.array([MARKET_NAME.fullmatch(name).groups() for name in names]).astype(np.int64)  # (n, 2)
         valid = np.flatnonzero(numbers[:, 0] >= 0)
         ids[folder], cams[folder] = numbers[valid].T
-        junk, distractors = len(names) - len(valid), int((ids[folder] == 0).sum())
-        more = (f"; {distractors:,} of them distractors" if distractors else "") + (f"; {junk:,} junk left out" if junk else "")
-        real = np.flatnonzero(ids[folder] > 0) if distractors else np.arange(len(valid))
+        junk = len(names) - len(valid)
         title = {"bounding_box_train": "train", "query": "query"}.get(folder, "gallery")
-        say(f"{title + ':':<8} {len(valid):>7,} images of {len(np.unique(ids[folder][real])):>5,} identities, {len(np.unique(cams[folder]))} cameras{more}")
+        say_split(say, title, ids[folder], cams[folder], more=f"{junk:,} junk left out" * bool(junk), distractors=True)
         if folder in folders:
             kept.append([names[i] for i in valid])
     Q = len(kept[0])
     item = np.arange(Q + len(kept[1]))
     joined = [np.concatenate([part[folder] for folder in folders]) for part in (ids, cams)]
-    return Benchmark(index_files(root, folders, kept), item, *joined, item[:Q], item[Q:])
+    name = "Market-1501" if re.search(r"_c\d+s\d+_", kept[1][0]) else "DukeMTMC-reID" if re.search(r"_c\d+_f\d+", kept[1][0]) else ""
+    return compare(say, name, Benchmark(index_files(root, folders, kept), item, *joined, item[:Q], item[Q:]))
 
 
 def read_msmt17(root: Path, say=print) -> Benchmark:
@@ -354,11 +368,12 @@ def read_msmt17(root: Path, say=print) -> Benchmark:
         cams[split], ids[split] = (np.array([row[i] for row in rows]).astype(np.int64) for i in (2, 3))
         if split in ("query", "gallery"):
             need_files(root / folder["test"], files[split], listed.name)
-        say_split(say, split, ids[split], cams[split], np.arange(len(rows)))
+        say_split(say, split, ids[split], cams[split])
     Q = len(files["query"])
     item = np.arange(Q + len(files["gallery"]))
     joined = [np.concatenate([part["query"], part["gallery"]]) for part in (ids, cams)]
-    return Benchmark(index_files(root, [folder["test"]], [files["query"] + files["gallery"]]), item, *joined, item[:Q], item[Q:])
+    index = index_files(root, [folder["test"]], [files["query"] + files["gallery"]])
+    return compare(say, "MSMT17", Benchmark(index, item, *joined, item[:Q], item[Q:]))
 
 
 def read_mars(root: Path, say=print) -> Benchmark:
@@ -384,7 +399,7 @@ def read_mars(root: Path, say=print) -> Benchmark:
 
     if (root / "info/tracks_train_info.mat").exists():
         train = tracks("train")
-        say_split(say, "train", train[:, 2], train[:, 3], np.arange(len(train)), "tracklets", f", {np.sum(train[:, 1] - train[:, 0] + 1):,} images")
+        say_split(say, "train", train[:, 2], train[:, 3], "tracklets", f"{np.sum(train[:, 1] - train[:, 0] + 1):,} images")
     rows, query = tracks("test"), table("query_IDX.mat").ravel() - 1
     names = (root / "info/test_name.txt").read_text().split()
     first, last, ids, cams = rows.T
@@ -401,13 +416,12 @@ def read_mars(root: Path, say=print) -> Benchmark:
     lines = np.repeat(first[kept] - 1 - np.cumsum(count) + count, count) + np.arange(count.sum())
     paths = [f"{names[i][:4]}/{names[i]}" for i in lines]  # 0001C1T0001F001.jpg is in 0001/
     need_files(root / "bbox_test", paths, "info/test_name.txt")
-    say_split(say, "query", ids, cams, query, "tracklets", f", {count[number[query]].sum():,} images")
-    real, distractors = gallery[ids[gallery] > 0], int((ids[gallery] == 0).sum())
-    more = (f"; {distractors:,} of them distractors" if distractors else "") + f"; {len(rows) - len(kept):,} junk left out"
-    say(f"gallery: {len(gallery):>7,} tracklets of {len(np.unique(ids[real])):>5,} identities, {len(np.unique(cams[gallery]))} cameras, "
-        f"{count[number[gallery]].sum():,} images{more}")  # fmt: skip
+    for name, split in (("query", query), ("gallery", gallery)):
+        junk = f"; {len(rows) - len(kept):,} junk left out" * (name == "gallery")
+        say_split(say, name, ids[split], cams[split], "tracklets", f"{count[number[split]].sum():,} images{junk}", distractors=True)
     item = np.repeat(np.arange(len(kept)), count)
-    return Benchmark(index_files(root, ["bbox_test"], [paths]), item, ids[kept], cams[kept], number[query], number[gallery])
+    index = index_files(root, ["bbox_test"], [paths])
+    return compare(say, "MARS", Benchmark(index, item, ids[kept], cams[kept], number[query], number[gallery]))
 
 
 # ---------------------------------------------------------------- features

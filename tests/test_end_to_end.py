@@ -178,7 +178,7 @@ def test_what_cannot_work_is_said_before_the_first_step(walkers, tmp_path):
     assert "no such folder" in run(tmp_path, "train.py", "--data", tmp_path / "nowhere", *TINY, fails=True)
     assert "is not a multiple of K=4" in run(tmp_path, "train.py", "--data", walkers, *TINY, "--batch", 4, launcher=[*TORCHRUN, "--nproc_per_node=2"], fails=True)
     (tmp_path / "bad.json").write_text('[{"file_path": "../../etc/passwd.jpg", "id": 1}]')
-    assert "leave the root" in run(tmp_path, "train.py", "--data", walkers, "--labels", "bad.json", *TINY, fails=True)
+    assert "leave the folder" in run(tmp_path, "train.py", "--data", walkers, "--labels", "bad.json", *TINY, fails=True)
     torch.save({"layer9.weight": torch.ones(3)}, tmp_path / "bad.pt")
     assert "of the model's parameters matched" in run(tmp_path, "train.py", "--data", walkers, "--weights", "bad.pt", *TINY, fails=True)
 

@@ -237,6 +237,7 @@ def test_market_1501(market, capsys):
         "train:         3 images of     2 identities, 3 cameras",
         "query:         3 images of     2 identities, 2 cameras",
         "gallery:       5 images of     2 identities, 4 cameras; 1 of them distractors; 2 junk left out",
+        "Market-1501 has 3,368 queries and a gallery of 15,913 in the papers, not 3 and 5: half a download, or a part of it?",
     ]
     assert benchmark.ids.tolist() == [1, 1, 3, 0, 1, 1, 3, 3] and benchmark.cams.tolist() == [1, 2, 1, 1, 1, 2, 3, 4]
     assert benchmark.query.tolist() == [0, 1, 2] and benchmark.gallery.tolist() == [3, 4, 5, 6, 7]
@@ -297,6 +298,7 @@ def test_msmt17_in_both_layouts(tmp_path, capsys, train, test, end):
         "val:           1 images of     1 identities, 1 cameras",
         "query:         2 images of     2 identities, 2 cameras",
         "gallery:       3 images of     2 identities, 3 cameras",
+        "MSMT17 has 11,659 queries and a gallery of 82,161 in the papers, not 2 and 3: half a download, or a part of it?",
     ]
     assert benchmark.ids.tolist() == [0, 1, 0, 0, 1] and benchmark.cams.tolist() == [1, 15, 5, 1, 9]
     assert (root / benchmark.images.path(4)).is_file() and benchmark.images.path(4) == f"{test}/0001/0001_022_09_0302noon_1042_1.jpg"
@@ -339,9 +341,10 @@ def mars(tmp_path):
 def test_mars_by_tracklet(mars, capsys):
     benchmark = evaluate.read_benchmark(mars)
     assert capsys.readouterr().out.splitlines() == [
-        "train:         2 tracklets of     1 identities, 2 cameras, 20 images",
-        "query:         2 tracklets of     2 identities, 2 cameras, 5 images",
-        "gallery:       4 tracklets of     2 identities, 4 cameras, 5 images; 1 of them distractors; 1 junk left out",
+        "train:         2 tracklets of     1 identities, 2 cameras; 20 images",
+        "query:         2 tracklets of     2 identities, 2 cameras; 5 images",
+        "gallery:       4 tracklets of     2 identities, 4 cameras; 1 of them distractors; 5 images; 1 junk left out",
+        "MARS has 1,980 queries and a gallery of 9,330 in the papers, not 2 and 4: half a download, or a part of it?",
     ]
     assert benchmark.ids.tolist() == [0, 2, 2, 2, 4, 4] and benchmark.cams.tolist() == [3, 1, 1, 2, 5, 6]
     assert benchmark.query.tolist() == [1, 4] and benchmark.gallery.tolist() == [0, 2, 3, 5]
