@@ -437,8 +437,8 @@ def crop(video, tracks, out, every: int = 1, confidence: float = -math.inf, min_
         y0, y1 = (y.clip(0, frame.shape[0]).astype(np.int64) for y in (y0, y1))
         large = (y1 - y0 >= max(min_size[0], 1)) & (x1 - x0 >= max(min_size[1], 1))
         for det in np.flatnonzero(large):
-            image = torch.from_numpy(frame[y0[det] : y1[det], x0[det] : x1[det]]).permute(2, 0, 1).contiguous()
-            jpeg = encode_jpeg(image, quality=quality).numpy()
+            image = torch.from_numpy(np.ascontiguousarray(frame[y0[det] : y1[det], x0[det] : x1[det]]))  # torch copies with threads of its own
+            jpeg = encode_jpeg(image.permute(2, 0, 1), quality=quality).numpy()
             (beside / f"{numbers[rows[det], 1]:06d}_{number:07d}_{det:02d}.jpg").write_bytes(jpeg.tobytes())
         return rows[large]
 

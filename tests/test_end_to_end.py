@@ -296,3 +296,13 @@ def test_crops_of_a_video_can_be_trained_on(tmp_path):
     assert "exists already" in run(tmp_path, "data.py", "crop", "--video", "v0", "--tracks", "v0.txt", "--out", "crops", fails=True)
     output = run(tmp_path, "train.py", "--data", "crops", "--name", "own", *TINY, "--batch", 8)
     assert "3 videos, 21 tracklets, 126 images" in output and "stage 1" in output
+
+
+def test_a_network_of_another_library_is_trained_and_evaluated(walkers, tmp_path):
+    tiny = [flag if flag != "r10ibn" else "mobilenet_v3_small" for flag in TINY]
+    output = run(tmp_path, "train.py", "--data", walkers, *tiny, "--epochs", 0, 0)
+    assert "mobilenet_v3_small, 1.5 M parameters" in output
+    output = run(tmp_path, "evaluate.py", "--data", walkers, "--weights", f"runs/{walkers.name}-mobilenet_v3_small/last.pt", "--workers", 0)
+    assert "missing 0" in output and "mAP" in output
+    refused = [flag if flag != "r10ibn" else "vit_b_16" for flag in TINY]
+    assert "vit_b_16 cannot take images of 32x16" in run(tmp_path, "train.py", "--data", walkers, *refused, fails=True)
