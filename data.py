@@ -8,6 +8,7 @@ identity sampler, and *walkers*, a synthetic set of tracklets whose true identit
 Read first: `read_tracklets`, `sample_identities`, `crop`.
 """
 import argparse
+import errno
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import signal
 import sys
 import time
 import zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, decode_jpeg, encode_jpeg
+from torchvision.io import ImageReadMode, decode_image, encode_jpeg
 
 # ---------------------------------------------------------------- index
 
@@ -63,7 +65,7 @@ FILE_NAME = re.compile(rb"(\d{1,18})_(\d{1,18})_(\d{1,18})\.jpe?g", re.IGNORECAS
 def read_tracklets(root, keep: int = 100_000) -> Tracklets:
     """Index the JPEG files below a folder in LUPerson-NL's layout, <anything>/<video>/<track>_<frame>_<det>.jpg.
 
-    A folder that holds JPEGs is a video; videos are ordered by path. Files of other types are left alone. The index of `keep`
+    A folder that holds JPEGs is a video; videos are ordered by path. Files of other types and hidden folders are left alone. The index of `keep`
     and more images is written beside the folder, <root>.index.npz, and read from there until a folder below the root changes.
     Raises ValueError for a missing or empty folder, and for JPEGs whose names are not of that form.
     """
@@ -81,7 +83,7 @@ def read_tracklets(root, keep: int = 100_000) -> Tracklets:
             pass  # damaged: scanned again
     changed, folders, columns, wrong = {".": last_change(root)}, [], [], []
     for folder, below, files in os.walk(root, followlinks=True):
-        below.sort()
+        below[:] = sorted(name for name in below if not name.startswith("."))  # hidden: what `crop` has not finished
         here = os.path.relpath(folder, root)
         changed |= {os.path.join(here, name): last_change(os.path.join(folder, name)) for name in below}  # before they are listed
         names = sorted(os.fsencode(file) for file in files if file.lower().endswith((".jpg", ".jpeg")))
@@ -150,7 +152,8 @@ def read_annotation(file) -> tuple[np.ndarray, np.ndarray]:
 
     def take(entry):  # millions of dicts would take gigabytes: each is read and dropped
         entry = dict(entry)
-        paths.append(os.fsencode(entry["file_path"]))
+        path = entry["file_path"]
+        paths.append(os.fsencode(os.path.normpath(path) if "//" in path or "./" in path else path))
         ids.append(entry["id"])
 
     try:
@@ -247,7 +250,7 @@ class Images(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, bool]:
         try:
             file = np.fromfile(self.tracklets.root / self.tracklets.path(i), np.uint8)  # any name that the file system has
-            image = decode_jpeg(torch.from_numpy(file), ImageReadMode.RGB)
+            image = decode_image(torch.from_numpy(file), ImageReadMode.RGB)
         except (RuntimeError, OSError):
             return torch.zeros(3, *self.canvas, dtype=torch.uint8), False
         if image.shape[1:] != self.canvas:
@@ -332,12 +335,13 @@ def count_steps(labels: np.ndarray, K: int, batch: int) -> int:
 # ---------------------------------------------------------------- from videos to tracklets
 
 
-def read_tracks(file, confidence: float = -math.inf) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """A MOTChallenge track file: numbers int64 (n, 2), frame and track, and boxes float64 (n, 4), left, top, width, height in
-    pixels, sorted by frame; and how many lines were dropped for what reason.
+def read_tracks(file, confidence: float = -math.inf) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """A MOTChallenge track file, line by line: numbers int64 (n, 2), frame and track; boxes float64 (n, 4), left, top, width, height
+    in pixels; and for each reason to drop lines, which those are, bool (n,).
 
-    Lines are `frame, id, left, top, width, height, confidence, ...`, what trackers write; nine columns are MOT16's, 17's and
-    20's truth, of which only people (class 1) that are to be considered are kept. Raises ValueError for anything else.
+    Lines are `frame, id, left, top, width, height, confidence, ...`, what trackers write. In a truth, which is a file gt.txt or one of
+    nine columns of which the last is a visibility, only people (class 1) that are to be considered (flag) are kept.
+    Raises ValueError for anything else.
     """
     try:
         with open(file) as lines:
@@ -349,47 +353,42 @@ def read_tracks(file, confidence: float = -math.inf) -> tuple[np.ndarray, np.nda
         raise ValueError(f"{file}: expected lines of numbers, frame,id,left,top,width,height,confidence,...; {error}") from None
     if not rows.size or rows.shape[1] < 6:
         raise ValueError(f"{file}: expected lines of frame,id,left,top,width,height,confidence,...; got {rows.shape[0]} lines of {rows.shape[1]} numbers")
-    numbers = rows[:, :2].astype(np.int64)
-    bad = np.flatnonzero(~np.isfinite(rows[:, :6]).all(1) | (numbers != rows[:, :2]).any(1) | (numbers[:, 0] < 0))
+    bad = np.flatnonzero(~np.isfinite(rows[:, :6]).all(1) | (rows[:, :2] != np.trunc(rows[:, :2])).any(1) | (rows[:, 0] < 0))
     if len(bad):
         raise ValueError(f"{file}, line {bad[0] + 1}: expected a frame and a track in whole numbers and a box, got {rows[bad[0], :6].tolist()}")
+    numbers, columns = rows[:, :2].astype(np.int64), rows.shape[1]
     if (numbers[:, 1] < 0).all():
         raise ValueError(f"{file}: every id is below 0: these are detections, not tracks; run a tracker first")
     drop = {"of no track": numbers[:, 1] < 0}
-    if rows.shape[1] == 9:
-        drop["not people to consider"] = (rows[:, 7] != 1) | (rows[:, 6] == 0)
-    if rows.shape[1] > 6:
+    truth = columns > 6 and Path(file).name == "gt.txt" or columns == 9 and (rows[:, 8] >= 0).all()
+    if truth:
+        drop["not to be considered"] = rows[:, 6] == 0
+        drop["not people"] = (rows[:, 7] != 1) if columns == 9 else np.zeros(len(rows), bool)
+    elif columns > 6:
         drop[f"below confidence {confidence:g}"] = rows[:, 6] < confidence
-    keep = ~np.any(list(drop.values()), axis=0)
-    order = np.flatnonzero(keep)[np.argsort(numbers[keep, 0], kind="stable")]
-    return numbers[order], rows[order, 2:6], {reason: int(rows.sum()) for reason, rows in drop.items()}
+    return numbers, rows[:, 2:6], drop
 
 
-def read_frames(video: Path, wanted: np.ndarray, first: int | None):
-    """Frames of a video file, decoded once in order, or of a folder of images: yields (number, uint8 (H, W, 3)) for those wanted.
+def list_frames(folder: Path, first: int | None) -> dict[int, Path]:
+    """The images of a folder by their frames: the numbers in their names, or counted from `first` in the order of these."""
+    names = [name for name in os.listdir(folder) if name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith(".")]
+    digits = {name: re.search(r"(\d+)\.\w+$", name) for name in names}
+    if not names or not all(digits.values()):
+        raise ValueError(f"{folder}: expected images named by their frames, such as 000001.jpg; got {sorted(names)[:3]}")
+    frames = {int(match[1]): folder / name for name, match in digits.items()}
+    if len(frames) < len(names):
+        raise ValueError(f"{folder}: {len(names)} images have {len(frames)} numbers; expected one image a frame")
+    return dict(sorted(frames.items())) if first is None else dict(enumerate((frames[n] for n in sorted(frames)), first))
 
-    first: number of the first frame; None, for a folder: frames have the numbers in the images' names. A broken frame is passed
-    over. Raises ValueError for what is neither.
-    """
-    if video.is_dir():
-        files = sorted(name for name in os.listdir(video) if name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith("."))
-        digits = [re.search(r"(\d+)\.\w+$", name) for name in files]
-        if not files or not all(digits):
-            raise ValueError(f"{video}: expected images named by their frames, such as 000001.jpg; got {files[:3]}")
-        numbers = [int(match[1]) for match in digits] if first is None else range(first, first + len(files))
-        files = dict(zip(numbers, files))
-        for number in wanted:
-            if number in files:
-                try:
-                    yield number, decode_image(torch.from_numpy(np.fromfile(video / files[number], np.uint8)), ImageReadMode.RGB).permute(1, 2, 0).numpy()
-                except RuntimeError:
-                    pass
-        return
+
+def decode_frames(video: Path, wanted: np.ndarray, first: int):
+    """Frames of a video file, decoded once in order, upright, the first one numbered `first`: yields (number, uint8 (H, W, 3)) for
+    those wanted. A video that cannot be decoded to its end stops where it breaks, with a line that says so."""
     try:
         import av
     except ImportError:
         raise ValueError(f"{video}: reading video files needs the package av: pip install av (a folder of frames needs nothing)") from None
-    wanted = set(wanted.tolist())
+    last, wanted, number = int(wanted.max(initial=-1)), set(wanted.tolist()), first
     try:
         with av.open(str(video)) as container:
             if not container.streams.video:
@@ -397,22 +396,23 @@ def read_frames(video: Path, wanted: np.ndarray, first: int | None):
             container.streams.video[0].thread_type = "AUTO"
             for number, frame in enumerate(container.decode(video=0), first):
                 if number in wanted:
-                    yield number, frame.to_ndarray(format="rgb24")
-                    if number == max(wanted):
-                        return
+                    yield number, np.rot90(frame.to_ndarray(format="rgb24"), getattr(frame, "rotation", 0) // 90)  # as trackers saw it
+                if number >= last:
+                    return
     except av.error.FFmpegError as error:
-        print(f"{video}: cannot be decoded further ({error})", flush=True)
+        print(f"{video}: broken after frame {number}: {error.strerror}", flush=True)
 
 
 def crop(video, tracks, out, every: int = 1, confidence: float = -math.inf, min_size: tuple[int, int] = (1, 1), first: int | None = None,
          quality: int = 95, workers: int = 2) -> dict[str, int]:  # fmt: skip
-    """Cut a tracker's boxes out of a video: <out>/<name of the video>/<track:06d>_<frame:07d>_<det:02d>.jpg, det being the box's
-    number within its frame, as in LUPerson-NL.
+    """Cut a tracker's boxes out of a video: <out>/<name of the video>/<track:06d>_<frame:07d>_<det:02d>.jpg, det being the number of the
+    box among the track file's lines of that frame.
 
     video: a file, or a folder of frames; tracks: a MOTChallenge file, see `read_tracks`; every: of so many frames one; min_size:
-    (height, width) that a box must have after it is clipped to the frame. The folder appears whole or not at all.
-    Returns counts. Raises ValueError for wrong input, a folder that exists, and where more than 1% of the boxes are on frames
-    that are not there or broken.
+    (height, width) that a box must have after it is clipped to the frame. first: number of the first frame; if not given, for a
+    folder that in its image's name, for a file 0 where some line names a frame 0, else 1.
+    The folder appears whole or not at all, and is hidden until then. Returns counts. Raises ValueError for wrong input, a folder
+    that exists, tracks on frames that a folder does not have, and where more than 1% of the boxes are on frames that are broken.
     """
     video, started = Path(video), time.time()
     if not video.exists():
@@ -420,65 +420,85 @@ def crop(video, tracks, out, every: int = 1, confidence: float = -math.inf, min_
     folder = Path(out) / video_name(video)
     if folder.exists():
         raise ValueError(f"{folder}: exists already; delete it or give another --out")
-    numbers, boxes, dropped = read_tracks(tracks, confidence)
-    start = min(int(numbers[:, 0].min(initial=1)), 1) if first is None else first
-    keep = (numbers[:, 0] - start) % every == 0
-    numbers, boxes = numbers[keep], boxes[keep]
-    wanted, begin = np.unique(numbers[:, 0], return_index=True)
-    rows_of = dict(zip(wanted.tolist(), np.split(np.arange(len(numbers)), begin[1:])))
-    count, tracked = {"too small": 0, "crops": 0, "frames": 0}, set()
+    numbers, boxes, drop = read_tracks(tracks, confidence)
+    lowest, highest = numbers[:, 0].min(), numbers[:, 0].max()
+    if video.is_dir():
+        files = list_frames(video, first)
+        first = min(files)
+        absent = np.setdiff1d(numbers[:, 0], list(files))
+        if len(absent):
+            raise ValueError(f"{tracks}: names frame {absent[0]}, and {video} holds frames {first} to {max(files)}; "
+                             "--first N numbers its images from N, in order")  # fmt: skip
+    elif first is None:
+        first = min(int(lowest), 1)
+    order = np.argsort(numbers[:, 0], kind="stable")
+    frames, begin, size = np.unique(numbers[order, 0], return_index=True, return_counts=True)
+    det = np.empty(len(numbers), np.int64)
+    det[order] = np.arange(len(numbers)) - np.repeat(begin, size)
+    drop["between the frames taken"] = (numbers[:, 0] - first) % every != 0
+    kept = order[~np.any(list(drop.values()), axis=0)[order]]
+    wanted, begin = np.unique(numbers[kept, 0], return_index=True)
+    rows_of = dict(zip(wanted.tolist(), np.split(kept, begin[1:])))
     beside = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}")
 
-    def write(number: int, frame: np.ndarray) -> np.ndarray:
-        """Write the crops of a frame; which of its boxes were large enough."""
+    def write(number: int, frame: np.ndarray | Path) -> np.ndarray:
+        """Write the crops of a frame; the rows of those that were large enough."""
+        if isinstance(frame, Path):
+            encoded = torch.from_numpy(np.fromfile(frame, np.uint8))
+            frame = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True).permute(1, 2, 0).numpy()
         rows = rows_of[number]
         x0, y0, x1, y1 = np.concatenate([boxes[rows, :2], boxes[rows, :2] + boxes[rows, 2:]], 1).round().T
         x0, x1 = (x.clip(0, frame.shape[1]).astype(np.int64) for x in (x0, x1))
         y0, y1 = (y.clip(0, frame.shape[0]).astype(np.int64) for y in (y0, y1))
-        large = (y1 - y0 >= max(min_size[0], 1)) & (x1 - x0 >= max(min_size[1], 1))
-        for det in np.flatnonzero(large):
-            image = torch.from_numpy(np.ascontiguousarray(frame[y0[det] : y1[det], x0[det] : x1[det]]))  # torch copies with threads of its own
+        large = np.flatnonzero((y1 - y0 >= max(min_size[0], 1)) & (x1 - x0 >= max(min_size[1], 1)))
+        for i in large:
+            image = torch.from_numpy(np.ascontiguousarray(frame[y0[i] : y1[i], x0[i] : x1[i]]))  # torch copies with threads of its own
             jpeg = encode_jpeg(image.permute(2, 0, 1), quality=quality).numpy()
-            (beside / f"{numbers[rows[det], 1]:06d}_{number:07d}_{det:02d}.jpg").write_bytes(jpeg.tobytes())
+            (beside / f"{numbers[rows[i], 1]:06d}_{number:07d}_{det[rows[i]]:02d}.jpg").write_bytes(jpeg.tobytes())
         return rows[large]
 
+    written, missed = [], len(kept)  # rows of the crops; boxes on frames that did not come
+
     def take(number: int, future) -> None:
-        rows = future.result()
-        count["crops"] += len(rows)
-        count["too small"] += len(rows_of[number]) - len(rows)
-        count["frames"] += 1
-        tracked.update(numbers[rows, 1].tolist())
+        nonlocal missed
+        try:
+            written.append(future.result())
+            missed -= len(rows_of[number])
+        except (RuntimeError, OSError) as error:
+            if not video.is_dir() or isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
 
     try:
         beside.mkdir(parents=True)
         with ThreadPoolExecutor(workers) as pool:  # encoding runs beside decoding
-            waiting = []
-            for number, frame in read_frames(video, wanted, first if video.is_dir() else start):
+            source = ((n, files[n]) for n in wanted.tolist()) if video.is_dir() else decode_frames(video, wanted, first)
+            waiting = deque()
+            for number, frame in source:
                 waiting.append((number, pool.submit(write, number, frame)))
                 if len(waiting) > 4 * workers:
-                    take(*waiting.pop(0))
-            for number, future in waiting:
-                take(number, future)
-        lost = len(numbers) - count["crops"] - count["too small"]
-        if lost > 0.01 * len(numbers):
-            raise ValueError(f"{tracks}: {lost:,} of {len(numbers):,} boxes are on frames that {video} does not have or that are broken "
-                             f"(the tracks go from frame {wanted[0]} to {wanted[-1]}); another --first?")  # fmt: skip
-        if not count["crops"]:
-            raise ValueError(f"{tracks}: no box is left of {len(keep):,}: {dropped | count}")
+                    take(*waiting.popleft())
+            while waiting:
+                take(*waiting.popleft())
+        rows = np.concatenate([*written, np.zeros(0, np.int64)])
+        dropped = {reason: int(which.sum()) for reason, which in drop.items()} | {"too small": len(kept) - missed - len(rows), "on broken frames": missed}
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
+        if missed > 0.01 * len(kept):
+            raise ValueError(f"{tracks}: {missed:,} of {len(kept):,} boxes are on frames that {video} does not have or that are broken; "
+                             f"the tracks go from frame {lowest} to {highest}, the video's first is taken for frame {first} (--first)")  # fmt: skip
+        if not len(rows):
+            raise ValueError(f"{tracks}: no box is left of {len(numbers):,}: {reasons}")
         os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    count |= {"tracks": len(tracked), "on missing frames": lost} | dropped
-    seconds = time.time() - started
-    reasons = ", ".join(f"{n:,} {reason}" for reason, n in count.items() if n and reason not in ("crops", "frames", "tracks"))
-    print(f"{folder}: {count['crops']:,} crops of {count['tracks']:,} tracks on {count['frames']:,} frames, {count['frames'] / seconds:.0f} frames/s"
-          + (f"; dropped: {reasons}" if reasons else ""), flush=True)  # fmt: skip
-    return count
+    count = {"crops": len(rows), "tracks": len(np.unique(numbers[rows, 1])), "frames": len(np.unique(numbers[rows, 0]))}
+    print(f"{folder}: {count['crops']:,} crops of {count['tracks']:,} tracks on {count['frames']:,} frames, the first frame being number {first}; "
+          f"{len(written) / (time.time() - started):.0f} frames/s" + (f"; dropped: {reasons}" if reasons else ""), flush=True)  # fmt: skip
+    return count | dropped
 
 
 def video_name(video: Path) -> str:
     """The name of a video's folder of crops: its own without suffix, that of the sequence for MOTChallenge's img1/."""
-    video = video.resolve()
+    video = Path(os.path.abspath(video))
     return video.stem if video.is_file() else video.parent.name if video.name == "img1" else video.name
 
 
@@ -745,7 +765,8 @@ def main() -> None:
     command.add_argument("--every", type=int, default=1, help="take every n-th frame")
     command.add_argument("--confidence", type=float, default=-math.inf, help="drop boxes of a lower one (default: keep all)")
     command.add_argument("--min_size", type=int, nargs=2, default=(1, 1), metavar=("H", "W"), help="drop smaller boxes, pixels")
-    command.add_argument("--first", type=int, help="what the tracks call the first frame, 0 or 1 (default: 0 if they name a frame 0)")
+    command.add_argument("--first", type=int, help="what the tracks call the first frame (default: for a file 0 if they name a frame 0, else 1; "
+                         "for a folder the number in its image's name)")  # fmt: skip
     command.add_argument("--quality", type=int, default=95, help="of the JPEGs, 1 to 100")
     command.add_argument("--workers", type=int, default=2, help="threads that encode crops while the video is decoded")
     args = vars(parser.parse_args())

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pad
 from torchvision.utils import make_grid, save_image
 
-from data import Images, Tracklets, find_splits, load_batches, read_labels, read_tracklets, refuse_unreadable, replacing
-from model import build, describe, load_weights, normalize, read_checkpoint
+from data import Images, Tracklets, load_batches, read_labels, read_tracklets, refuse_unreadable, replacing
+from model import build, check_sizes, describe, load_weights, normalize, read_checkpoint
 
 # ---------------------------------------------------------------- ranking
 
@@ -61,9 +61,13 @@ def score(blocks, query_ids, gallery_ids, query_cams, gallery_cams) -> dict:
     by_id = np.argsort(gallery_ids, kind="stable")
     start, end = (np.searchsorted(gallery_ids, query_ids, side, sorter=by_id) for side in ("left", "right"))
     ap, inp, cmc = np.full(len(query_ids), np.nan), np.full(len(query_ids), np.nan), np.zeros(len(gallery_ids))
+    scored = 0
     for first, block in blocks:
         if block.shape[1:] != gallery_ids.shape:
             raise ValueError(f"{len(gallery_ids)} gallery ids for {block.shape[1]} gallery features")
+        if first != scored or first + len(block) > len(query_ids):
+            raise ValueError(f"a block of queries {first} to {first + len(block) - 1} after {scored} of {len(query_ids)}; expected all, in order")
+        scored += len(block)
         block[:, junk] = -np.inf
         for q, similarity in enumerate(block, first):
             same = by_id[start[q] : end[q]]
@@ -72,10 +76,14 @@ def score(blocks, query_ids, gallery_ids, query_cams, gallery_cams) -> dict:
             matches = np.sort(similarity[same[~own_camera]])[::-1]
             if not len(matches) or query_ids[q] < 0:
                 continue
+            if not np.isfinite(matches).all():
+                raise ValueError(f"similarities of query {q} are not finite")
             rank = np.array([np.count_nonzero(similarity >= match) for match in matches])
             hits = np.searchsorted(-matches, -matches, side="right")  # matches at least as similar
             ap[q], inp[q] = (hits / rank).mean(), len(matches) / rank[-1]
             cmc[rank[0] - 1] += 1
+    if scored < len(query_ids):
+        raise ValueError(f"similarities of {scored} queries for {len(query_ids)} ids")
     counted = int(np.isfinite(ap).sum())
     if not counted:
         known = np.isin(query_ids, gallery_ids[gallery_ids >= 0]).any()
@@ -89,7 +97,7 @@ def score(blocks, query_ids, gallery_ids, query_cams, gallery_cams) -> dict:
 
 def finite_norms(features, name: str) -> tuple[Tensor, Tensor]:
     """Features float32 (n, d) as a tensor, on whatever device they are, and their lengths (n, 1). Raises ValueError."""
-    features = torch.as_tensor(features if isinstance(features, Tensor) else np.asarray(features)).float()
+    features = features.detach().float() if isinstance(features, Tensor) else torch.as_tensor(np.asarray(features, dtype=np.float32))
     if features.ndim != 2 or not len(features):
         raise ValueError(f"{name} features: expected (n, d) with n of 1 or more, got {tuple(features.shape)}")
     norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
@@ -154,7 +162,7 @@ def reranked(query, gallery, k1: int = 20, k2: int = 6, lambda_value: float = 0.
     rows = np.repeat(np.arange(n, dtype=np.int32), np.diff(sets.indptr))
     for part in np.array_split(np.arange(len(rows)), len(rows) // 8192 + 1):  # weights exp(-distance), which sum to 1 in a row
         a, b = rows[part], sets.indices[part]
-        sets.data[part] = np.exp((torch.einsum("nd,nd->n", x[a], x[b]).cpu().numpy() - 1) / largest[a])
+        sets.data[part] = np.exp(np.minimum(torch.einsum("nd,nd->n", x[a], x[b]).cpu().numpy() - 1, 0) / largest[a])
     sets.data /= np.bincount(rows, sets.data, n)[rows]
     sets = (neighbours(k2) @ sets).tocsr() / np.float32(min(k2, n))  # each image's set becomes the mean of its k2 nearest's
     theirs, holders = sets[:Q], sets[Q:].T.tocsr()  # holders: for each image, whose sets it is in
@@ -196,7 +204,7 @@ def nearest_neighbours(x: Tensor, k: int, block: int = 1024) -> tuple[np.ndarray
         keep(slice(a, e), similarity, a)
         if e < n:
             keep(slice(e, n), similarity[:, e - a :].T, a)
-    return index.cpu().numpy(), (1 - least).clamp_min_(1e-12).cpu().numpy()
+    return index.cpu().numpy(), (1 - least).clamp_min_(1e-6).cpu().numpy()  # more than rounding, where all are alike
 
 
 # ---------------------------------------------------------------- benchmarks
@@ -228,10 +236,10 @@ def read_benchmark(root, labels=None, say=print) -> Benchmark:
         raise ValueError(f"{root}: no such folder")
     there = lambda *names: any((root / name).exists() for name in names)
     if not labels:
-        for inner in ("Market-1501-v15.09.15", "DukeMTMC-reID", "MSMT17_V1", "MSMT17_V2", "MARS"):
-            if (root / inner).is_dir():
-                root = root / inner
-                break
+        inner = [name for name in ("Market-1501-v15.09.15", "DukeMTMC-reID", "MSMT17_V1", "MSMT17_V2", "MARS") if (root / name).is_dir()]
+        if len(inner) > 1:
+            raise ValueError(f"{root}: holds {', '.join(inner)}; give one of them")
+        root = root.joinpath(*inner)
         if there("query", "bounding_box_test", "bounding_box_train"):
             return read_market(root, say)
         if there("list_query.txt", "list_gallery.txt", "list_train.txt", "mask_test_v2"):
@@ -241,14 +249,16 @@ def read_benchmark(root, labels=None, say=print) -> Benchmark:
         if not (root / "test.json").is_file():
             raise ValueError(f"{root}: expected Market-1501 or DukeMTMC-reID (query/, bounding_box_test/), MSMT17 (list_query.txt), "
                              "MARS (info/query_IDX.mat), or tracklets in test/ with their identities in test.json (or --labels)")  # fmt: skip
-    return read_labelled(read_tracklets(find_splits(root)[1] or root), labels or root / "test.json", say)
+    return read_labelled(read_tracklets(root / "test" if there("test.json") and there("test") else root), labels or root / "test.json", say)
 
 
 def read_labelled(tracklets: Tracklets, labels, say=print) -> Benchmark:
     """Labelled tracklets as a benchmark whose cameras are the videos: see `label_tracklets`."""
-    benchmark = label_tracklets(tracklets, read_labels(labels, tracklets))
+    labels = read_labels(labels, tracklets)
+    benchmark = label_tracklets(tracklets, labels)
+    say(f"labelled tracklets, {tracklets.root}")
     for name, items in (("query", benchmark.query), ("gallery", benchmark.gallery)):
-        say_split(say, name, benchmark.ids[items], benchmark.cams[items])
+        say_split(say, name, benchmark.ids[items], benchmark.cams[items], nobody=labels.max() + 1)
     return benchmark
 
 
@@ -274,23 +284,22 @@ def index_files(root: Path, folders: list[str], names: list[list[str]]) -> Track
     return Tracklets(root, folders, name, video, np.arange(len(name)), np.zeros(len(name), np.int64))
 
 
-def say_split(say, name: str, ids: np.ndarray, cams: np.ndarray, what: str = "images", more: str = "", distractors: bool = False) -> None:
-    """One line on a split: how many images (or tracklets), identities and cameras. distractors: identity 0 is nobody."""
-    nobody = int((ids == 0).sum()) if distractors else 0
-    people, notes = np.unique(ids[ids > 0] if distractors else ids), [more] * bool(more)
-    if nobody:
-        notes.insert(0, f"{nobody:,} of them distractors")
-    say(f"{name + ':':<8} {len(ids):>7,} {what} of {len(people):>5,} identities, {len(np.unique(cams))} cameras" + "".join(f"; {note}" for note in notes))
+def say_split(say, name: str, ids: np.ndarray, cams: np.ndarray, what: str = "images", more: str = "", nobody: int | None = None) -> None:
+    """One line on a split: how many images (or tracklets), identities and cameras. nobody: the identity that distractors have."""
+    people = ids[ids != nobody]
+    notes = [f"{len(ids) - len(people):,} of them distractors"] * (len(people) < len(ids)) + [more] * bool(more)
+    say(f"{name + ':':<8} {len(ids):>7,} {what} of {len(np.unique(people)):>5,} identities, {len(np.unique(cams))} cameras" + "".join(f"; {note}" for note in notes))
 
 
-PAPERS = {"Market-1501": (3368, 15913), "DukeMTMC-reID": (2228, 17661), "MSMT17": (11659, 82161), "MARS": (1980, 9330)}
+PUBLISHED = {"Market-1501": (3368, 15913), "DukeMTMC-reID": (2228, 17661), "MSMT17": (11659, 82161), "MARS": (1980, 11310)}  # without junk
 
 
 def compare(say, name: str, benchmark: Benchmark) -> Benchmark:
-    """Say so where query and gallery are not as large as the papers print, without junk; nothing else tells half a download."""
-    found = len(benchmark.query), len(benchmark.gallery)
-    if name in PAPERS and found != PAPERS[name]:
-        say("{} has {:,} queries and a gallery of {:,} in the papers, not {:,} and {:,}: half a download, or a part of it?".format(name, *PAPERS[name], *found))
+    """Say which benchmark it is, and whether query and gallery are as large as published; nothing else tells half a download."""
+    found, published = (len(benchmark.query), len(benchmark.gallery)), PUBLISHED.get(name)
+    say(f"{name}, {benchmark.images.root}" + (
+        "" if not published or found == published else ": {:,} queries and a gallery of {:,}, where the whole has {:,} and {:,}: half a download, "
+        "or a part of it?".format(*found, *published)))  # fmt: skip
     return benchmark
 
 
@@ -318,33 +327,33 @@ def need_files(folder: Path, names: list[str], listed_in: str) -> None:
                          "half a download?")  # fmt: skip
 
 
-MARKET_NAME = re.compile(r"(-1|\d+)_c(\d+).*\.jpe?g", re.IGNORECASE)  # 0002_c1s1_000451_03.jpg; Duke: 0001_c2_f0046182.jpg
+MARKET_NAME = re.compile(r"(-1|\d+)_c(\d+).*\.(?:jpe?g|png)", re.IGNORECASE)  # 0002_c1s1_000451_03.jpg; Duke: 0001_c2_f0046182.jpg
 
 
 def read_market(root: Path, say=print) -> Benchmark:
     """Market-1501 (Zheng et al., ICCV 2015), and DukeMTMC-reID and others that took its layout: identity and camera are in the
-    names. Junk, -1, is left out; identity 0 are distractors. Files that are no JPEG (Thumbs.db) are passed over."""
+    names. Junk, -1, is left out; identity 0 are distractors. Files that are no JPEG or PNG (Thumbs.db) are passed over."""
     need(root, "query", "bounding_box_test")
     folders, kept, ids, cams = ["query", "bounding_box_test"], [], {}, {}
     for folder in ["bounding_box_train"] * (root / "bounding_box_train").is_dir() + folders:
-        names = sorted(name for name in os.listdir(root / folder) if name.lower().endswith((".jpg", ".jpeg")) and not name.startswith("."))
+        names = sorted(name for name in os.listdir(root / folder) if name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith("."))
         wrong = [name for name in names if not MARKET_NAME.fullmatch(name)]
         if wrong:
             raise ValueError(f"{root / folder}: {len(wrong):,} names without identity and camera (0002_c1s1_000451_03.jpg), the first: {wrong[0]}")
-        if not names:
-            raise ValueError(f"{root / folder}: no JPEG files; expected names such as 0002_c1s1_000451_03.jpg")
+        if all(name.startswith("-1") for name in names):
+            raise ValueError(f"{root / folder}: no images but junk; expected names such as 0002_c1s1_000451_03.jpg")
         numbers = np.array([MARKET_NAME.fullmatch(name).groups() for name in names]).astype(np.int64)  # (n, 2)
         valid = np.flatnonzero(numbers[:, 0] >= 0)
         ids[folder], cams[folder] = numbers[valid].T
         junk = len(names) - len(valid)
         title = {"bounding_box_train": "train", "query": "query"}.get(folder, "gallery")
-        say_split(say, title, ids[folder], cams[folder], more=f"{junk:,} junk left out" * bool(junk), distractors=True)
+        say_split(say, title, ids[folder], cams[folder], more=f"{junk:,} junk left out" * bool(junk), nobody=0)
         if folder in folders:
             kept.append([names[i] for i in valid])
     Q = len(kept[0])
     item = np.arange(Q + len(kept[1]))
     joined = [np.concatenate([part[folder] for folder in folders]) for part in (ids, cams)]
-    name = "Market-1501" if re.search(r"_c\d+s\d+_", kept[1][0]) else "DukeMTMC-reID" if re.search(r"_c\d+_f\d+", kept[1][0]) else ""
+    name = "Market-1501" if re.search(r"_c\d+s\d+_", kept[1][0]) else "DukeMTMC-reID" if re.search(r"_c\d+_f\d+", kept[1][0]) else "Market-1501's layout"
     return compare(say, name, Benchmark(index_files(root, folders, kept), item, *joined, item[:Q], item[Q:]))
 
 
@@ -378,7 +387,8 @@ def read_msmt17(root: Path, say=print) -> Benchmark:
 
 def read_mars(root: Path, say=print) -> Benchmark:
     """MARS (Zheng et al., ECCV 2016), by tracklet: info/tracks_test_info.mat holds first and last line in test_name.txt (from 1),
-    identity and camera of each; query_IDX.mat numbers the queries. The gallery are the others without junk (-1); 0 are distractors."""
+    identity and camera of each; query_IDX.mat numbers the queries. As in the authors' evaluation the gallery are all without junk
+    (-1), 0 being distractors: a query is among them, under its own camera. (Some codes leave queries out, and count 9,330.)"""
     need(root, "bbox_test", "info/test_name.txt", "info/tracks_test_info.mat", "info/query_IDX.mat")
 
     def table(name: str) -> np.ndarray:
@@ -410,18 +420,17 @@ def read_mars(root: Path, say=print) -> Benchmark:
     kept = np.flatnonzero(ids >= 0)
     number = np.full(len(rows), -1)
     number[kept] = np.arange(len(kept))
-    gallery = np.setdiff1d(kept, query)
     query = query[ids[query] >= 0]
     count = (last - first + 1)[kept]
     lines = np.repeat(first[kept] - 1 - np.cumsum(count) + count, count) + np.arange(count.sum())
     paths = [f"{names[i][:4]}/{names[i]}" for i in lines]  # 0001C1T0001F001.jpg is in 0001/
     need_files(root / "bbox_test", paths, "info/test_name.txt")
-    for name, split in (("query", query), ("gallery", gallery)):
+    for name, split in (("query", query), ("gallery", kept)):
         junk = f"; {len(rows) - len(kept):,} junk left out" * (name == "gallery")
-        say_split(say, name, ids[split], cams[split], "tracklets", f"{count[number[split]].sum():,} images{junk}", distractors=True)
+        say_split(say, name, ids[split], cams[split], "tracklets", f"{count[number[split]].sum():,} images{junk}", nobody=0)
     item = np.repeat(np.arange(len(kept)), count)
     index = index_files(root, ["bbox_test"], [paths])
-    return compare(say, "MARS", Benchmark(index, item, ids[kept], cams[kept], number[query], number[gallery]))
+    return compare(say, "MARS", Benchmark(index, item, ids[kept], cams[kept], number[query], np.arange(len(kept))))
 
 
 # ---------------------------------------------------------------- features
@@ -440,8 +449,9 @@ def embed(backbone: nn.Module, tracklets: Tracklets, batches: list[np.ndarray], 
 
 
 def extract(backbone: nn.Module, tracklets: Tracklets, canvas: tuple[int, int], device, workers: int = 0, batch: int = 256,
-            item: np.ndarray | None = None, flip: bool = False) -> Tensor:  # fmt: skip
-    """Features of all images, float32 (N, embed_dim) of unit length on the CPU; an image that cannot be read has a zero row.
+            item: np.ndarray | None = None, flip: bool = False) -> tuple[Tensor, np.ndarray]:  # fmt: skip
+    """Features of all images, float32 (N, embed_dim) of unit length on the CPU, and which could be read, bool (N,): others have a
+    zero row.
 
     item (N,), ascending: the mean of the features of each item's images instead, one row an item, of unit length again.
     Where several processes run, each takes its share of the batches, which are the same for any number of them, and all end with
@@ -451,13 +461,16 @@ def extract(backbone: nn.Module, tracklets: Tracklets, canvas: tuple[int, int], 
     item = np.arange(len(tracklets)) if item is None else item
     begin = np.searchsorted(item, item) // batch  # an item's images stay together, so that their sum has one order
     batches = np.split(np.arange(len(item)), np.flatnonzero(np.diff(begin)) + 1)[rank::world_size]
-    features = torch.zeros(int(item[-1]) + 1, backbone.embed_dim)
+    features, readable = torch.zeros(int(item[-1]) + 1, backbone.embed_dim), torch.zeros(len(item), dtype=torch.uint8)
     for rows, out in embed(backbone, tracklets, batches, canvas, device, workers, flip):
         features.index_add_(0, torch.from_numpy(item[rows]), out)
+        readable[rows] = out.any(1).byte()
     if world_size > 1:
-        features = features.to(device)
+        features, readable = features.to(device), readable.to(device)
         dist.all_reduce(features)  # of each row one summand is not zero
-    return features.cpu() if item[-1] + 1 == len(item) else F.normalize(features.cpu(), dim=1)
+        dist.all_reduce(readable)
+    features = features.cpu() if item[-1] + 1 == len(item) else F.normalize(features.cpu(), dim=1)
+    return features, readable.cpu().numpy().astype(bool)
 
 
 def extract_to_file(folder, backbone: nn.Module, tracklets: Tracklets, canvas: tuple[int, int], device, workers: int = 0,
@@ -514,29 +527,31 @@ def framed(image: Tensor, colour: tuple[float, float, float], width: int = 3) ->
 
 
 def show_retrieval(file, benchmark: Benchmark, features: Tensor, queries: np.ndarray, canvas: tuple[int, int] = (128, 64)) -> None:
-    """Write a picture: a query (item) a row, framed white, and the ten nearest of the gallery that the protocol leaves in, right
-    ones framed green, wrong ones red. A tracklet is shown by its first image."""
+    """Write a PNG: a query (item) a row, framed white, and the ten nearest of the gallery that the protocol leaves in, right ones
+    framed green, wrong ones red. A tracklet is shown by its first image."""
     images, sheet = Images(benchmark.images, canvas), []
     first = np.searchsorted(benchmark.item, np.arange(len(benchmark.ids)))  # image of each item
     show = lambda item, colour: framed(images[first[item]][0] / 255, colour)
-    ids, cams, gallery = benchmark.ids, benchmark.cams, benchmark.gallery
-    for q in queries:
-        similarity = (features[gallery] @ features[q]).numpy()
-        similarity[(ids[gallery] == ids[q]) & (cams[gallery] == cams[q])] = -np.inf
-        nearest = gallery[np.argsort(-similarity, kind="stable")[:10]]
+    ids, cams = benchmark.ids, benchmark.cams
+    gallery = benchmark.gallery[features[benchmark.gallery].any(1).numpy()]
+    similarities = (features[gallery] @ features[queries].T).T.numpy()
+    for q, similarity in zip(queries, similarities):
+        valid = (ids[gallery] != ids[q]) | (cams[gallery] != cams[q])
+        nearest = gallery[valid][np.argsort(-similarity[valid], kind="stable")[:10]]
         row = [show(q, (1, 1, 1)), *(show(i, (0.1, 0.8, 0.1) if ids[i] == ids[q] else (0.9, 0.1, 0.1)) for i in nearest)]
         sheet += row + [torch.zeros_like(row[0])] * (11 - len(row))
     with replacing(file) as temporary:
-        save_image(make_grid(torch.stack(sheet), nrow=11, padding=2), temporary, format=Path(file).suffix[1:])
+        save_image(make_grid(torch.stack(sheet), nrow=11, padding=2), temporary, format="png")
 
 
 # ---------------------------------------------------------------- the table
 
 
-def evaluate_features(features: Tensor, benchmark: Benchmark, reranking: bool = False) -> dict:
+def evaluate_features(features: Tensor, benchmark: Benchmark, reranking: bool = False, device="cpu") -> dict:
     """The figures of a log line or a table row, fractions: mAP, R1, R5, R10, mINP, queries, left_out; and ap of each query, (Q,).
 
     features (items, d): a zero row is an item that could not be read, left out of the gallery and not counted as a query.
+    device: where the products are made.
     """
     readable = features.any(1).numpy()
     query, gallery = benchmark.query[readable[benchmark.query]], benchmark.gallery[readable[benchmark.gallery]]
@@ -544,7 +559,7 @@ def evaluate_features(features: Tensor, benchmark: Benchmark, reranking: bool = 
         if not len(items):
             raise ValueError(f"the {name} holds no image that can be read")
     ids, cams = benchmark.ids, benchmark.cams
-    rows = features[query], features[gallery]
+    rows = features[query].to(device), features[gallery].to(device)
     blocks = ((first, -distances) for first, distances in reranked(*rows)) if reranking else similarities(*rows)
     result = score(blocks, ids[query], ids[gallery], cams[query], cams[gallery])
     cmc = result.pop("cmc")
@@ -556,13 +571,16 @@ def evaluate_features(features: Tensor, benchmark: Benchmark, reranking: bool = 
 
 def load_backbone(weights, arch: str | None = None, size: tuple[int, int] | None = None, say=lambda text: None):
     """A backbone with weights, its input size and the settings of the run they come from (empty for other people's files)."""
-    settings = read_checkpoint(weights).get("settings", {})
+    settings = read_checkpoint(weights).get("settings")
+    settings = settings if isinstance(settings, dict) else {}
     arch = arch or settings.get("arch")
     if not arch:
         raise ValueError(f"{weights}: does not say which architecture it is for; add --arch")
     backbone = build(arch)
     say(f"{weights}: {describe(load_weights(backbone, weights))}")
-    return backbone, tuple(size or settings.get("size", (256, 128))), settings
+    size = tuple(size or settings.get("size", (256, 128)))
+    check_sizes(backbone.eval(), arch, [size])
+    return backbone, size, settings
 
 
 def print_table(rows: dict[str, dict]) -> None:
@@ -593,7 +611,7 @@ def main() -> None:
     parser.add_argument("--arch", help="architecture, if the checkpoint does not say; python model.py lists them")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="input size, if the checkpoint does not say (then 256 128)")
     parser.add_argument("--workers", type=int, default=1, help="processes that decode images")
-    parser.add_argument("--batch", type=int, default=256, help="images in a forward pass")
+    parser.add_argument("--batch", type=int, default=256, help="images in a forward pass (a tracklet of MARS is not split)")
     parser.add_argument("--flip", action="store_true", help="add the features of the mirror image")
     parser.add_argument("--rerank", action="store_true", help="a second row, re-ranked by k-reciprocal neighbours")
     parser.add_argument("--export", metavar="FILE.npz", help="write features, ids, cameras and paths")
@@ -617,7 +635,7 @@ def main() -> None:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     clock = time.time()
-    features = extract(backbone.to(device), benchmark.images, size, device, args.workers, args.batch, benchmark.item, args.flip)
+    features, readable = extract(backbone.to(device), benchmark.images, size, device, args.workers, args.batch, benchmark.item, args.flip)
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank > 0:
@@ -627,22 +645,21 @@ def main() -> None:
     if not torch.isfinite(features).all():
         bad = (~torch.isfinite(features)).any(1).nonzero()[:, 0]
         raise ValueError(f"{args.weights}: the features of {len(bad):,} of {len(features):,} images are not finite, the first: row {bad[0]}")
-    unreadable = np.flatnonzero(~features.any(1).numpy())
+    unreadable = np.flatnonzero(~readable)
     if len(unreadable):
-        first = np.searchsorted(benchmark.item, unreadable)
-        refuse_unreadable(benchmark.images, first, len(features))
-        say(f"{len(unreadable):,} images cannot be read and are left out, the first: {benchmark.images.path(first[0])}")
+        refuse_unreadable(benchmark.images, unreadable, len(readable))
+        say(f"{len(unreadable):,} images cannot be read and are left out, the first: {benchmark.images.path(unreadable[0])}")
     name = f"{Path(args.weights).stem}{' + flip' if args.flip else ''}"
-    rows = {name: evaluate_features(features, benchmark)}
+    rows = {name: evaluate_features(features, benchmark, device=device)}
     if args.rerank:
-        rows[f"{name}, re-ranked"] = evaluate_features(features, benchmark, reranking=True)
+        rows[f"{name}, re-ranked"] = evaluate_features(features, benchmark, reranking=True, device=device)
     print_table(rows)
     if args.export:
         export(args.export, features, benchmark)
         say(f"features: {args.export}")
     worst = benchmark.query[np.argsort(rows[name]["ap"], kind="stable")][: min(args.show, rows[name]["queries"])]  # nan, not counted, is last
     for sheet, start in enumerate(range(0, len(worst), 12), start=1):
-        file = Path(args.out or Path(args.weights).parent) / f"{Path(args.weights).stem}-ranked-{sheet:02d}.png"
+        file = Path(args.out or Path(args.weights).parent) / f"{Path(args.weights).stem}-{Path(args.data).resolve().name}-ranked-{sheet:02d}.png"
         show_retrieval(file, benchmark, features, worst[start : start + 12])
         say(f"ranked lists, worst first: {file}")
 

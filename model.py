@@ -12,9 +12,11 @@ Read first: `IBN`, `ResNet`, `build`.
 """
 import argparse
 import math
+import re
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -283,9 +285,15 @@ def build(arch: str) -> nn.Module:
     name, classifier = linear[-1]
     model.set_submodule(name, nn.Identity())
     model.embed_dim = classifier.in_features
+    return without_chance(model)
+
+
+def without_chance(model: nn.Module) -> nn.Module:
+    """Switch dropout and stochastic depth off: they draw from a global generator, and a resumed run could not repeat that."""
     for module in model.modules():
-        if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
-            module.p = 0.0  # they draw from a global generator, and a resumed run could not repeat that
+        for name in ("p", "drop_rate", "drop_prob"):  # of nn.Dropout and StochasticDepth, of timm's networks, of its DropPath
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     return model
 
 
@@ -309,7 +317,7 @@ def build_timm(name: str) -> nn.Module:
     model.embed_dim = getattr(model, "head_hidden_size", None) or model.num_features
     if volo:
         model.__class__ = any_size(type(model))
-    return model
+    return without_chance(model)
 
 
 def any_size(volo: type) -> type:
@@ -321,7 +329,7 @@ def any_size(volo: type) -> type:
             return resize_grid(self._parameters["pos_embed"], self.grid)
 
         def forward(self, images: Tensor) -> Tensor:
-            self.grid = -(-images.shape[2] // 16), -(-images.shape[3] // 16)
+            self.grid = tuple((side + 1) // 2 // 8 for side in images.shape[2:])  # as its strided convolutions round
             return super().forward(images)
 
     return VOLO
@@ -345,33 +353,42 @@ def check_sizes(backbone: nn.Module, arch: str, sizes) -> None:
 
 def read_checkpoint(file) -> dict:
     """What torch.save wrote, as tensors and plain values: nothing in the file is executed. Raises ValueError."""
+    scalar = np.float64(0).__reduce__()[0]  # makes a NumPy number, under its old and its new name
+    # the authors keep their command line in the checkpoint, others an accuracy: values only
+    values = [argparse.Namespace, (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype,
+              *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8"))]  # fmt: skip
     try:
         if str(file).endswith(".safetensors"):
             from safetensors.torch import load_file
 
             return load_file(file)
-        # the authors keep their command line in the checkpoint; a Namespace holds values only
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(values):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file of weights") from None
+    except IsADirectoryError:
+        raise ValueError(f"{file}: is a folder; expected a file of weights") from None
     except ImportError:
         raise ValueError(f"{file}: needs the package safetensors: pip install safetensors") from None
     except Exception as error:  # whatever a foreign or damaged file makes torch.load raise
-        raise ValueError(f"{file}: cannot be read as weights: damaged, or it holds more than tensors and plain values ({type(error).__name__})") from None
+        why = re.search(r"(Unsupported (?:global|operand|class)[^.\n]*)", str(error))
+        raise ValueError(f"{file}: cannot be read as weights: damaged, or it holds more than tensors and plain values "
+                         f"({type(error).__name__}{': ' + why[1] if why else ''})") from None  # fmt: skip
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{file}: expected a checkpoint or a state dict, got {type(checkpoint).__name__}")
     return checkpoint
 
 
-def backbone_weights(checkpoint: dict) -> dict[str, Tensor]:
-    """The state dict inside any supported checkpoint, the teacher's where there is one, without wrappers' prefixes."""
-    nested = [checkpoint[key] for key in ("teacher", "student", "state_dict", "model") if isinstance(checkpoint.get(key), dict)]
-    state = nested[0] if nested else checkpoint
+def backbone_weights(checkpoint: dict, own) -> dict[str, Tensor]:
+    """The state dict inside any supported checkpoint, the teacher's where there is one, without wrappers' prefixes of the names
+    that are not among the model's `own`."""
+    state = checkpoint
+    while nested := [state[key] for key in ("teacher", "student", "state_dict", "model") if isinstance(state.get(key), dict)]:
+        state = nested[0]
     names = {}
     for name, value in state.items():
-        for prefix in ("module.", "backbone.", "base."):
-            name = name.removeprefix(prefix)
+        while name not in own and (wrapper := re.match(r"(module|backbone|base|model|_orig_mod|encoder_q)\.", name)):
+            name = name[wrapper.end() :]
         if isinstance(value, Tensor):
             names[name] = value
     return names
@@ -396,7 +413,8 @@ def load_weights(model: nn.Module, file) -> dict:
     Returns {"matched", "missing", "left_over"}: lists of names. Raises ValueError, leaving the model as it was, where less
     than 90% of the model's parameters find a tensor of their name and shape, or one of these is not finite.
     """
-    state, own = backbone_weights(read_checkpoint(file)), model.state_dict()
+    own = model.state_dict()
+    state = backbone_weights(read_checkpoint(file), own)
     if "pos_embed" in state and "pos_embed" in own and state["pos_embed"].shape != own["pos_embed"].shape:
         state["pos_embed"] = fit_positions(state["pos_embed"].float(), model, own["pos_embed"].shape)
     matched = [name for name in own if name in state and state[name].shape == own[name].shape]
@@ -422,7 +440,9 @@ def load_weights(model: nn.Module, file) -> dict:
 def describe(report: dict) -> str:
     """What `load_weights` did, in a line."""
     name = lambda names: f"{len(names)}" + (f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "")
-    return f"{len(report['matched'])} tensors matched, missing {name(report['missing'])}, left over {name(report['left_over'])}"
+    untrained = any("running_" in name for name in report["missing"])
+    return f"{len(report['matched'])} tensors matched, missing {name(report['missing'])}, left over {name(report['left_over'])}" + (
+        "; WARNING: of batch norms the statistics are missing, they are those of an untrained network" * untrained)  # fmt: skip
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in the paper
@@ -467,6 +487,7 @@ def main() -> None:
                 raise
             print(f"{arch:<22} {error}")
             continue
+        check_sizes(model, arch, [(256, 128)])
         count, speed = sum(p.numel() for p in model.parameters()), images_per_second(model, device)
         print(f"{arch:<22} {count:>12,} {multiply_adds(arch) / 1e9:>12.2f} G {model.embed_dim:>10} {speed:>9,.0f}", flush=True)
 

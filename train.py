@@ -616,7 +616,7 @@ def main() -> None:
         if benchmark is None or stage in run.results:
             return None
         average_buffers(run.teacher, run.world_size)
-        features = extract(run.teacher.backbone, test, s.size, run.device, s.workers)
+        features, _ = extract(run.teacher.backbone, test, s.size, run.device, s.workers)
         result = run.results[stage] = evaluate_features(features, benchmark)
         del result["ap"]
         run.say("evaluate", f"{stage:<9}" + "".join(f" {key} {result[key]:5.1%}  " for key in ("mAP", "R1", "R5", "R10")))

@@ -1,6 +1,7 @@
 """data.py: the index, labels, pixels, the sampler, and the drawn set."""
 import json
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -276,7 +277,7 @@ SIDE = (120, 160)  # height and width of the frames
 def frame_of(number: int) -> np.ndarray:
     """A frame whose red tells its number, green grows from left to right and blue from top to bottom, one level a pixel."""
     frame = np.empty((*SIDE, 3), np.uint8)
-    frame[..., 0], frame[..., 1], frame[..., 2] = 20 * number, np.arange(SIDE[1]), np.arange(SIDE[0])[:, None]
+    frame[..., 0], frame[..., 1], frame[..., 2] = 20 * number % 256, np.arange(SIDE[1]), np.arange(SIDE[0])[:, None]
     return frame
 
 
@@ -327,29 +328,59 @@ def test_flags_of_cropping(tmp_path):
     data.crop(frames, tracks, tmp_path / "every", every=3)
     assert names("every") == ["000001_0000001_00", "000001_0000004_00", "000001_0000007_00", "000002_0000001_01"]
     count = data.crop(frames, tracks, tmp_path / "sure", confidence=0.75)
-    assert names("sure") == ["000001_0000008_00", "000002_0000001_00"] and count["below confidence 0.75"] == 7 and count["of no track"] == 1
+    assert names("sure") == ["000001_0000008_00", "000002_0000001_01"] and count["below confidence 0.75"] == 7 and count["of no track"] == 1
     count = data.crop(frames, tracks, tmp_path / "large", min_size=(40, 20))
     assert len(names("large")) == 8 and count["too small"] == 1
+    over = make_tracks(tmp_path / "over.txt", [(1, 1, 150, 10, 20, 40, 1, -1, -1, -1), (1, 2, 140, 10, 20, 40, 1, -1, -1, -1)])
+    assert data.crop(frames, over, tmp_path / "clipped", min_size=(40, 20))["crops"] == 1  # sizes count inside the frame
     small = data.crop(frames, tracks, tmp_path / "small", quality=5)
     size = lambda out: sum(file.stat().st_size for file in (tmp_path / out / "f").iterdir())
     assert small["crops"] == 9 and size("small") < size("large")
 
 
-def test_tracks_that_count_frames_from_zero(tmp_path):
-    frames = make_frames(tmp_path / "f", [1, 2, 3])
-    tracks = make_tracks(tmp_path / "t.txt", [(0, 1, 0, 0, 20, 40, 1, -1, -1, -1), (2, 1, 0, 0, 20, 40, 1, -1, -1, -1)])
-    with pytest.raises(ValueError, match="1 of 2 boxes are on frames that .* does not have .*another --first"):
+def test_a_folder_of_frames_and_tracks_that_count_otherwise_are_not_guessed(tmp_path):
+    frames = make_frames(tmp_path / "f", range(1, 13))
+    tracks = make_tracks(tmp_path / "t.txt", [(n, 1, 0, 0, 20, 40, 1, -1, -1, -1) for n in range(12)])
+    with pytest.raises(ValueError, match="names frame 0, and .* holds frames 1 to 12; --first N numbers its images from N"):
         data.crop(frames, tracks, tmp_path / "out")
-    assert not (tmp_path / "out" / "f").exists() and not list((tmp_path / "out").iterdir())  # nothing half-written
+    assert not (tmp_path / "out").exists()
+    for file in frames.iterdir():
+        file.rename(frames / f"shot {int(file.stem)}.png")  # 1, 10, 11, 12, 2, ... by name
     data.crop(frames, tracks, tmp_path / "out", first=0)
-    assert [seen(tmp_path / "out" / "f" / f"000001_000000{n}_00.jpg")[0] for n in (0, 2)] == [1, 3]
+    assert [seen(tmp_path / "out" / "f" / f"000001_{n:07d}_{0:02d}.jpg")[0] for n in range(12)] == list(range(1, 13))
+    (frames / "shot 3.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="13 images have 12 numbers"):
+        data.crop(frames, tracks, tmp_path / "again", first=0)
+
+
+def test_flags_do_not_change_how_frames_are_counted(tmp_path):
+    """The only box of frame 0 is not sure; without it the tracks would seem to count from 1."""
+    video = make_video(tmp_path / "walk.mp4", range(1, 11))
+    rows = [(0, 1, 30, 20, 40, 60, 0.3, -1, -1, -1)] + [(n, 1, 30, 20, 40, 60, 0.9, -1, -1, -1) for n in range(1, 10)]
+    tracks = make_tracks(tmp_path / "t.txt", rows)
+    data.crop(video, tracks, tmp_path / "out", confidence=0.5, every=3)
+    assert {file.name: seen(file)[0] for file in (tmp_path / "out" / "walk").iterdir()} == {
+        "000001_0000003_00.jpg": 4, "000001_0000006_00.jpg": 7, "000001_0000009_00.jpg": 10}  # fmt: skip
+    with pytest.raises(ValueError, match="1 of 10 boxes .* go from frame 0 to 9, the video's first is taken for frame 1"):
+        data.crop(video, tracks, tmp_path / "first", first=1)
+
+
+def test_det_is_the_line_of_the_frame_whatever_is_dropped(tmp_path):
+    rows = [(1, 1, 5, 5, 20, 20, 0.2, -1, -1, -1), (1, 2, 50, 5, 20, 20, 0.9, -1, -1, -1), (1, 2, 90, 5, 20, 20, 0.9, -1, -1, -1)]
+    data.crop(make_frames(tmp_path / "f", [1]), make_tracks(tmp_path / "t.txt", rows), tmp_path / "out", confidence=0.5)
+    assert sorted(file.stem for file in (tmp_path / "out" / "f").iterdir()) == ["000002_0000001_01", "000002_0000001_02"]
 
 
 def test_motchallenges_truth_keeps_people_to_consider(tmp_path):
-    """Nine columns, as MOT17's gt.txt: flag, class (1 walks, 7 stands, 8 distracts), visibility."""
+    """Nine columns, as MOT17's gt.txt: flag, class (1 walks, 7 stands, 8 distracts), visibility; ten, as MOT15's."""
     rows = [(1, 1, 10, 10, 20, 40, 1, 1, 0.8), (1, 2, 30, 10, 20, 40, 0, 1, 1), (1, 3, 50, 10, 20, 40, 1, 7, 1), (1, 4, 70, 10, 20, 40, 0, 8, 1)]
-    numbers, boxes, dropped = data.read_tracks(make_tracks(tmp_path / "gt.txt", rows))
-    assert numbers.tolist() == [[1, 1]] and boxes.tolist() == [[10, 10, 20, 40]] and dropped["not people to consider"] == 3
+    for name in ("gt.txt", "renamed.txt"):
+        _, _, drop = data.read_tracks(make_tracks(tmp_path / name, rows))
+        assert drop["not to be considered"].tolist() == [False, True, False, True] and drop["not people"].tolist() == [False, False, True, True]
+    _, _, drop = data.read_tracks(make_tracks(tmp_path / "gt.txt", [(1, 1, 10, 10, 20, 40, 1, 4.2, 3.1, 0), (1, 2, 30, 10, 20, 40, 0, 4.2, 3.1, 0)]))
+    assert drop["not to be considered"].tolist() == [False, True] and not drop["not people"].any()
+    _, _, drop = data.read_tracks(make_tracks(tmp_path / "boxmot.txt", [(1, 1, 10, 10, 20, 40, 0, 0, -1), (2, 1, 10, 10, 20, 40, 0, 0, -1)]))
+    assert not np.any(list(drop.values()))  # a tracker's nine columns
 
 
 @pytest.mark.parametrize("text, message", [
@@ -370,7 +401,7 @@ def test_broken_tracks_are_refused(tmp_path, text, message):
 def test_tracks_separated_by_spaces_are_read(tmp_path):
     (tmp_path / "t.txt").write_text("3 1 10 10 20 40 1\n1 1 10 11 20 40 1\n")
     numbers, boxes, _ = data.read_tracks(tmp_path / "t.txt")
-    assert numbers.tolist() == [[1, 1], [3, 1]] and boxes[:, 1].tolist() == [11, 10]
+    assert numbers.tolist() == [[3, 1], [1, 1]] and boxes[:, 1].tolist() == [10, 11]
 
 
 def test_wrong_videos_are_refused_and_leave_nothing(tmp_path):
@@ -381,15 +412,35 @@ def test_wrong_videos_are_refused_and_leave_nothing(tmp_path):
     with pytest.raises(ValueError, match="expected images named by their frames"):
         data.crop(tmp_path / "empty", tracks, tmp_path / "out")
     frames = make_frames(tmp_path / "f", [1, 2])
+    with pytest.raises(ValueError, match="names frame 7, and .* holds frames 1 to 2"):
+        data.crop(frames, make_tracks(tmp_path / "far.txt", [(7, 1, 10, 10, 20, 40, 1, -1, -1, -1)]), tmp_path / "out")
     (frames / "000002.png").write_bytes((frames / "000002.png").read_bytes()[:100])
     with pytest.raises(ValueError, match="1 of 2 boxes are on frames that .* does not have or that are broken"):
         data.crop(frames, tracks, tmp_path / "out")
-    with pytest.raises(ValueError, match="no box is left of 1"):
+    with pytest.raises(ValueError, match="no box is left of 1: 1 too small"):
         data.crop(frames, make_tracks(tmp_path / "o.txt", [(1, 1, 500, 10, 20, 40, 1, -1, -1, -1)]), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
     (tmp_path / "out" / "f").mkdir()
     with pytest.raises(ValueError, match="out/f: exists already"):
         data.crop(frames, tracks, tmp_path / "out")
+
+
+@pytest.mark.parametrize("broken, refused", [(1, False), (3, True)])
+def test_of_many_frames_one_in_a_hundred_may_be_broken(tmp_path, broken, refused):
+    frames = make_frames(tmp_path / "f", range(1, 101))
+    for n in range(1, broken + 1):
+        (frames / f"{n:06d}.png").write_bytes(b"")
+    tracks = make_tracks(tmp_path / "t.txt", [(n, 1, 10, 10, 20, 40, 1, -1, -1, -1) for n in range(1, 101)])
+    if refused:
+        with pytest.raises(ValueError, match="3 of 100 boxes"):
+            data.crop(frames, tracks, tmp_path / "out")
+    else:
+        assert data.crop(frames, tracks, tmp_path / "out")["on broken frames"] == 1
+
+
+def test_a_killed_crop_leaves_nothing_that_is_read(tmp_path):
+    make_tree(tmp_path, FILES[:2] + [".street.host.123/000001_0000001_00.jpg"])
+    assert data.read_tracklets(tmp_path).folders == ["a", "b"]
 
 
 def test_a_split_of_motchallenge_at_once(tmp_path, capsys):
@@ -437,6 +488,18 @@ def test_a_video_file_is_cropped_at_the_frames_that_the_tracks_name(tmp_path, st
     assert [int(re.search(r"_(\d+)_", file.name)[1]) for file in files] == [start, start + 3, start + 6, start + 9]
     assert [seen(file)[0] for file in files] == [1, 4, 7, 10]
     assert all(seen(file)[2] == (40, 60) and np.allclose(seen(file)[1], (30, 20), atol=8) for file in files)
+
+
+def test_a_video_that_is_to_be_turned_is_turned(tmp_path):
+    """Phones film sideways and say so in the track header's matrix; OpenCV, with which trackers read, turns the frames."""
+    video = make_video(tmp_path / "phone.mp4", [5, 5])
+    content = bytearray(video.read_bytes())
+    matrix = content.find(b"tkhd") + 4 + 40
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, SIDE[0] << 16, 0, 1 << 30)  # a quarter clockwise
+    video.write_bytes(content)
+    (_, frame), *_ = data.decode_frames(video, np.array([1]), 1)
+    assert frame.shape == (SIDE[1], SIDE[0], 3)
+    assert frame[120, 60, 1] > frame[20, 60, 1] + 80 and frame[80, 20, 2] > frame[80, 100, 2] + 60  # green grows downwards, blue to the left
 
 
 def test_half_a_video_is_refused(tmp_path):

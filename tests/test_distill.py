@@ -322,11 +322,11 @@ def test_network_places_every_crop_and_batches_equal_sizes():
     assert Mean.calls == 2 and torch.equal(prototypes, torch.eye(3))
 
 
-def test_convolutional_networks_run_in_channels_last_and_others_do_not():
+def test_resnets_run_in_channels_last_and_others_do_not():
     import model
 
-    formats = {arch: distill.Network(model.build(arch), torch.nn.Identity()).memory_format for arch in ("r18ibn", "vit_tiny")}
-    assert formats == {"r18ibn": torch.channels_last, "vit_tiny": torch.contiguous_format}
+    formats = {arch: distill.Network(model.build(arch), torch.nn.Identity()).memory_format for arch in ("r18ibn", "vit_tiny", "mnasnet0_5")}
+    assert formats == {"r18ibn": torch.channels_last, "vit_tiny": torch.contiguous_format, "mnasnet0_5": torch.contiguous_format}
     views = distill.make_views(uint8_images(2), [distill.Views(size=(32, 16))], torch.Generator(), memory_format=torch.channels_last)
     assert views[0].is_contiguous(memory_format=torch.channels_last) and not views[0].is_contiguous()
 

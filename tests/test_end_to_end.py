@@ -225,7 +225,7 @@ def test_a_benchmark_is_evaluated_with_everything_on(finished, market, tmp_path)
     output = run(tmp_path, *flags, "--export", "features.npz")
     for text in ("tensors matched, missing 0", "query: ", "gallery: ", "junk left out", "last + flip ", "last + flip, re-ranked ", "features: features.npz"):
         assert text in output, output
-    assert sorted(file.name for file in (tmp_path / "sheets").iterdir()) == ["last-ranked-01.png", "last-ranked-02.png"]
+    assert sorted(file.name for file in (tmp_path / "sheets").iterdir()) == [f"last-{market.name}-ranked-0{n}.png" for n in (1, 2)]
     with np.load(tmp_path / "features.npz") as f:
         arrays = {name: f[name] for name in f}
     assert len(arrays["features"]) == len(arrays["paths"]) == len(arrays["query"]) + len(arrays["gallery"])
@@ -235,8 +235,11 @@ def test_a_benchmark_is_evaluated_with_everything_on(finished, market, tmp_path)
     again = run(tmp_path, *flags, "--export", "two.npz", launcher=[*TORCHRUN, "--nproc_per_node=2"])
     with np.load(tmp_path / "two.npz") as f:
         assert all(np.array_equal(f[name], arrays[name]) for name in arrays)
-    table = lambda text: [line for line in text.splitlines() if "last + flip" in line]
-    assert table(again) == table(output) and len(table(output)) == 2
+    table = lambda text: [line.split()[-8:] for line in text.splitlines() if line.startswith("last")]
+    assert table(again) == table(output) and len(table(output)) == 2 and table(output)[0] != table(output)[1]
+    run(tmp_path, *flags[:7], "--size", 48, 24, "--export", "other.npz")
+    run(tmp_path, *flags[:7], "--export", "plain.npz")
+    assert all(not np.allclose(np.load(tmp_path / f"{name}.npz")["features"], arrays["features"], atol=1e-4) for name in ("other", "plain"))
 
 
 def test_what_evaluate_refuses(finished, market, tmp_path):

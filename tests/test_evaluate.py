@@ -97,6 +97,14 @@ def test_errors():
         evaluate.evaluate([[1.0, 0]], [[1.0, 0]], [0], [0], [0], [0])
     with pytest.raises(ValueError, match="none of the 1 queries can be counted: no image of their identities is in the gallery"):
         evaluate.evaluate([[1.0, 0]], [[1.0, 0]], [0], [1], [0], [1])
+    block = lambda *rows: [(0, np.array(rows, np.float32))]
+    with pytest.raises(ValueError, match="similarities of 1 queries for 2 ids"):
+        evaluate.score(block([1.0, 0.5]), [0, 1], [0, 1], [0, 0], [1, 1])
+    with pytest.raises(ValueError, match="a block of queries 0 to 1 after 0 of 1; expected all, in order"):
+        evaluate.score(block([1.0], [0.5]), [0], [0], [0], [1])
+    with pytest.raises(ValueError, match="similarities of query 0 are not finite"):
+        evaluate.score(block([np.nan, 0.5]), [0], [0, 1], [0], [1, 1])
+    assert evaluate.evaluate(torch.eye(2, requires_grad=True), torch.eye(2), [0, 1], [0, 1], [0, 0], [1, 1])["mAP"] == 1
     with pytest.raises(ValueError, match=r"query features: expected \(n, d\) with n of 1 or more"):
         evaluate.evaluate(np.zeros((0, 2)), [[1.0, 0]], [], [0], [], [0])
     with pytest.raises(ValueError, match="query features have 3 dimensions, gallery features 2"):
@@ -163,7 +171,7 @@ def test_reranking_equals_the_dense_definition(seed, k1, k2, lambda_value):
     query, gallery = draw(15), 3 * draw(90)
     got = evaluate.rerank(query, gallery, k1, k2, lambda_value)
     assert got.shape == (15, 90)
-    np.testing.assert_allclose(got, dense_rerank(query, gallery, k1, k2, lambda_value), atol=1e-5)
+    np.testing.assert_allclose(got, dense_rerank(query, gallery, k1, k2, lambda_value), atol=1e-6)
     blocks = list(evaluate.reranked(query, gallery, k1, k2, lambda_value, most=4 * 90))
     assert [first for first, _ in blocks] == [0, 4, 8, 12]
     np.testing.assert_allclose(np.concatenate([block for _, block in blocks]), got, atol=1e-6)
@@ -193,6 +201,11 @@ def test_nearest_neighbours_are_those_of_all_similarities(n, k, block):
 def test_an_image_is_its_own_nearest_among_duplicates():
     index, _ = evaluate.nearest_neighbours(torch.ones(30, 3) / 3**0.5, 4, block=8)
     assert (index[:, 0] == np.arange(30)).all() and all(len(set(row)) == 4 for row in index.tolist())
+
+
+def test_reranking_of_images_that_are_all_alike():
+    got = evaluate.rerank(np.tile([[0.3, 0.4, 0.5]], (3, 1)), np.tile([[0.3, 0.4, 0.5]], (40, 1)), k1=5)
+    assert np.isfinite(got).all()
 
 
 def test_reranking_refuses_what_it_cannot_do():
@@ -237,7 +250,7 @@ def test_market_1501(market, capsys):
         "train:         3 images of     2 identities, 3 cameras",
         "query:         3 images of     2 identities, 2 cameras",
         "gallery:       5 images of     2 identities, 4 cameras; 1 of them distractors; 2 junk left out",
-        "Market-1501 has 3,368 queries and a gallery of 15,913 in the papers, not 3 and 5: half a download, or a part of it?",
+        f"Market-1501, {market}: 3 queries and a gallery of 5, where the whole has 3,368 and 15,913: half a download, or a part of it?",
     ]
     assert benchmark.ids.tolist() == [1, 1, 3, 0, 1, 1, 3, 3] and benchmark.cams.tolist() == [1, 2, 1, 1, 1, 2, 3, 4]
     assert benchmark.query.tolist() == [0, 1, 2] and benchmark.gallery.tolist() == [3, 4, 5, 6, 7]
@@ -255,13 +268,30 @@ def test_dukes_names(tmp_path, capsys):
     assert "gallery:       2 images of     2 identities, 2 cameras\n" in capsys.readouterr().out
 
 
+def test_several_benchmarks_or_junk_alone_are_refused(market):
+    (market.parent / "MSMT17_V1").mkdir()
+    with pytest.raises(ValueError, match="holds Market-1501-v15.09.15, MSMT17_V1; give one of them"):
+        evaluate.read_benchmark(market.parent)
+    for file in (market / "bounding_box_test").iterdir():
+        if not file.name.startswith("-1"):
+            file.unlink()
+    with pytest.raises(ValueError, match="bounding_box_test: no images but junk"):
+        evaluate.read_benchmark(market)
+
+
+def test_files_of_other_kinds_are_passed_over(market):
+    before = evaluate.read_benchmark(market, say=lambda text: None)
+    (market / "query" / "._0001_c1s1_001051_00.jpg").write_bytes(b"macOS was here")
+    assert evaluate.read_benchmark(market, say=lambda text: None).query.tolist() == before.query.tolist()
+
+
 def test_half_of_market_is_refused(market):
     (market / "query" / "0001_c1s1_001051_00.jpg").rename(market / "query" / "stranger.jpg")
     with pytest.raises(ValueError, match="query: 1 names without identity and camera .*, the first: stranger.jpg"):
         evaluate.read_benchmark(market)
     for file in (market / "query").iterdir():
         file.unlink()
-    with pytest.raises(ValueError, match="query: no JPEG files"):
+    with pytest.raises(ValueError, match="query: no images but junk"):
         evaluate.read_benchmark(market)
     (market / "query").rmdir()
     with pytest.raises(ValueError, match="query missing, where bounding_box_test would be: half a download"):
@@ -298,7 +328,7 @@ def test_msmt17_in_both_layouts(tmp_path, capsys, train, test, end):
         "val:           1 images of     1 identities, 1 cameras",
         "query:         2 images of     2 identities, 2 cameras",
         "gallery:       3 images of     2 identities, 3 cameras",
-        "MSMT17 has 11,659 queries and a gallery of 82,161 in the papers, not 2 and 3: half a download, or a part of it?",
+        f"MSMT17, {root}: 2 queries and a gallery of 3, where the whole has 11,659 and 82,161: half a download, or a part of it?",
     ]
     assert benchmark.ids.tolist() == [0, 1, 0, 0, 1] and benchmark.cams.tolist() == [1, 15, 5, 1, 9]
     assert (root / benchmark.images.path(4)).is_file() and benchmark.images.path(4) == f"{test}/0001/0001_022_09_0302noon_1042_1.jpg"
@@ -343,19 +373,28 @@ def test_mars_by_tracklet(mars, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "train:         2 tracklets of     1 identities, 2 cameras; 20 images",
         "query:         2 tracklets of     2 identities, 2 cameras; 5 images",
-        "gallery:       4 tracklets of     2 identities, 4 cameras; 1 of them distractors; 5 images; 1 junk left out",
-        "MARS has 1,980 queries and a gallery of 9,330 in the papers, not 2 and 4: half a download, or a part of it?",
+        "gallery:       6 tracklets of     2 identities, 5 cameras; 1 of them distractors; 10 images; 1 junk left out",
+        f"MARS, {mars}: 2 queries and a gallery of 6, where the whole has 1,980 and 11,310: half a download, or a part of it?",
     ]
     assert benchmark.ids.tolist() == [0, 2, 2, 2, 4, 4] and benchmark.cams.tolist() == [3, 1, 1, 2, 5, 6]
-    assert benchmark.query.tolist() == [1, 4] and benchmark.gallery.tolist() == [0, 2, 3, 5]
+    assert benchmark.query.tolist() == [1, 4] and benchmark.gallery.tolist() == [0, 1, 2, 3, 4, 5]
     assert benchmark.item.tolist() == [0, 1, 1, 1, 2, 3, 3, 4, 4, 5]
     assert benchmark.images.path(1) == "bbox_test/0002/0002C1T0001F001.jpg"
     network = Colours()
-    features = evaluate.extract(network, benchmark.images, (16, 8), torch.device("cpu"), batch=4, item=benchmark.item)
-    single = evaluate.extract(network, benchmark.images, (16, 8), torch.device("cpu"), batch=4)
+    features, _ = evaluate.extract(network, benchmark.images, (16, 8), torch.device("cpu"), batch=4, item=benchmark.item)
+    single, _ = evaluate.extract(network, benchmark.images, (16, 8), torch.device("cpu"), batch=4)
     mean = torch.nn.functional.normalize(single[1:4].mean(0), dim=0)
     torch.testing.assert_close(features[1], mean)
     assert features.shape == (6, 3) and evaluate.evaluate_features(features, benchmark)["queries"] == 2
+
+
+def test_junk_queries_of_mars_are_left_out_and_broken_images_counted(mars):
+    scipy.io.savemat(mars / "info" / "query_IDX.mat", {"query_IDX": np.array([[1, 3]])})
+    (mars / "bbox_test" / "0002" / "0002C1T0001F002.jpg").write_bytes(b"")
+    benchmark = evaluate.read_benchmark(mars, say=lambda text: None)
+    assert benchmark.query.tolist() == [1]
+    features, readable = evaluate.extract(Colours(), benchmark.images, (16, 8), torch.device("cpu"), item=benchmark.item)
+    assert readable.tolist() == [True] * 2 + [False] + [True] * 7 and features.any(1).all()
 
 
 def test_half_of_mars_is_refused(mars):
@@ -375,6 +414,17 @@ def test_half_of_mars_is_refused(mars):
 
 
 # ---------------------------------------------------------------- features, pictures, files
+
+
+def test_tracklets_with_a_test_folder_alone(walkers, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(walkers / "test", tmp_path / "test")
+    shutil.copy(walkers / "test.json", tmp_path)
+    benchmark = evaluate.read_benchmark(tmp_path)
+    people = len(np.unique(benchmark.ids[benchmark.query]))
+    assert f"images of {people:>5,} identities, " in capsys.readouterr().out.splitlines()[2]  # the gallery: nobody is no identity
+    assert benchmark.ids.tolist() == evaluate.read_benchmark(walkers, say=lambda text: None).ids.tolist()
 
 
 def test_frame_keeps_the_picture_inside():
@@ -403,7 +453,7 @@ class Colours(torch.nn.Module):
 def test_features_on_disk_go_on_where_they_were_and_are_not_computed_twice(walkers, tmp_path):
     t = data.read_tracklets(walkers / "test")
     arguments = t, (32, 16), torch.device("cpu")
-    want = evaluate.extract(Colours(), *arguments)
+    want, _ = evaluate.extract(Colours(), *arguments)
     options = dict(batch=16, save_every=0)
     with pytest.raises(KeyboardInterrupt):
         evaluate.extract_to_file(tmp_path, Colours(breaks_after=50), *arguments, **options)
@@ -421,9 +471,31 @@ def test_features_on_disk_go_on_where_they_were_and_are_not_computed_twice(walke
 
 def test_any_number_of_batches_gives_the_same_features(walkers):
     t = data.read_tracklets(walkers / "test")
-    want = evaluate.extract(Colours(), t, (32, 16), torch.device("cpu"))
+    want, readable = evaluate.extract(Colours(), t, (32, 16), torch.device("cpu"))
+    assert readable.all()
     for batch in (1, 7, 10**6):
-        torch.testing.assert_close(evaluate.extract(Colours(), t, (32, 16), torch.device("cpu"), batch=batch), want)
+        torch.testing.assert_close(evaluate.extract(Colours(), t, (32, 16), torch.device("cpu"), batch=batch)[0], want)
+
+
+def test_a_feature_is_the_networks_answer_to_the_normalised_image_alone(market):
+    """Known pixels through ImageNet's mean and deviation, in the size asked for; batch norm in evaluation mode."""
+
+    class Recorder(Colours):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.sizes = torch.nn.BatchNorm1d(3), set()
+
+        def forward(self, x):
+            self.sizes.add(x.shape[2:])
+            return self.norm(x.mean((2, 3)))
+
+    write_image(market / "query" / MARKET["query"][0], (250, 20, 90))
+    benchmark, network = evaluate.read_benchmark(market, say=lambda text: None), Recorder()
+    features, _ = evaluate.extract(network, benchmark.images, (24, 12), torch.device("cpu"))
+    colour = read_image(str(market / "query" / MARKET["query"][0])).float().mean((1, 2)) / 255
+    want = (colour - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(features[0], torch.nn.functional.normalize(want, dim=0), atol=1e-3, rtol=1e-3)
+    assert network.sizes == {(24, 12)}
 
 
 def test_an_items_images_are_never_split_between_batches(walkers):
@@ -431,7 +503,7 @@ def test_an_items_images_are_never_split_between_batches(walkers):
     item, seen = t.track, []
     network = Colours()
     network.register_forward_hook(lambda _, x, y: seen.append(len(x[0])))
-    features = evaluate.extract(network, t, (32, 16), torch.device("cpu"), batch=20, item=item)
+    features, _ = evaluate.extract(network, t, (32, 16), torch.device("cpu"), batch=20, item=item)
     ends, sizes = np.cumsum(seen), np.bincount(item)
     assert ends[-1] == len(t) and set(ends) <= set(np.cumsum(sizes)) and max(seen) < 20 + sizes.max()
     assert len(features) == item.max() + 1
@@ -466,7 +538,7 @@ def test_ranked_lists_leave_out_what_the_protocol_leaves_out(market, tmp_path):
     cells = [sheet[:, 2 : 2 + 16, 2 + 10 * i : 10 + 10 * i] for i in range(11)]
     reds = [int(cell[0, 8, 4]) for cell in cells]
     # gallery items 4 (own camera, left out), then 6, 5, 3, 7 by similarity
-    assert np.allclose(reds[:5], [0, 30 * 5, 30 * 4, 30 * 2, 30 * 6], atol=3) and max(reds[6:]) <= 3
+    assert np.allclose(reds[:5], [0, 30 * 5, 30 * 4, 30 * 2, 30 * 6], atol=3) and max(reds[5:]) <= 3
     frame = lambda cell: cell[:, 0, 4].tolist()
     assert frame(cells[0]) == [255, 255, 255] and frame(cells[2])[1] > 150 > frame(cells[1])[1]  # item 5 is the right one
     assert [file.name for file in tmp_path.glob("*sheet*")] == ["sheet.png"]

@@ -60,6 +60,9 @@ def test_takes_both_crop_sizes_and_a_training_step(arch):
     gradients = {name: p.grad for name, p in student.backbone.named_parameters()}
     lost = [name for name, g in gradients.items() if g is None or not torch.isfinite(g).all()]
     assert not lost and sum(g.abs().sum() for g in gradients.values()) > 0
+    with torch.no_grad():  # nothing is drawn by chance
+        small = torch.randn(3, 3, 128, 64)
+        assert torch.equal(student.backbone(small), student.backbone(small))
     before = [p.detach().clone() for p in student.backbone.parameters()]
     torch.optim.AdamW(student.parameters(), lr=1e-3).step()
     assert any(not torch.equal(a, b) for a, b in zip(before, student.backbone.parameters()))
@@ -100,6 +103,18 @@ def test_volos_positions_follow_the_input():
         assert network.pos_embed.shape == (1, 8, 4, 384) and network._parameters["pos_embed"].shape == (1, 16, 8, 384)
         with pytest.raises(RuntimeError):  # what the few lines are for
             original(torch.randn(1, 3, 128, 64))
+        for size in ((72, 40), (120, 60), (200, 100)):
+            assert network(torch.randn(1, 3, *size)).shape == (1, 384)
+
+
+def test_imagenet_weights_of_volo_load_with_their_positions_resized(tmp_path):
+    timm = pytest.importorskip("timm")
+    source = timm.create_model("volo_d1_224")  # 14x14 tokens, and two classifiers
+    torch.save(source.state_dict(), tmp_path / "volo.pth")
+    network = model.build("timm/volo_d1_224")
+    report = model.load_weights(network, tmp_path / "volo.pth")
+    assert not report["missing"] and report["left_over"] == ["aux_head.weight", "aux_head.bias", "head.weight", "head.bias"]
+    torch.testing.assert_close(network._parameters["pos_embed"], model.resize_grid(source.pos_embed, (16, 8)))
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilenetv3_small_050"])
@@ -157,7 +172,7 @@ def test_state_dict_names_are_the_releases():
 
 @pytest.mark.parametrize("arch, digest", [("r50ibn", "765d1e8cc813ce2a"), ("vit_small", "e1c3cd189d63ceb5")])
 def test_names_and_shapes_are_those_of_the_released_weights(arch, digest):
-    """The digest was made from the names and shapes in the authors' files."""
+    """The digest was made from a list of the names and shapes of the authors' networks."""
     state = {name: list(value.shape) for name, value in model.build(arch).state_dict().items()}
     assert hashlib.sha256(repr(sorted(state.items())).encode()).hexdigest()[:16] == digest
 
@@ -200,7 +215,10 @@ def test_unknown_arch_lists_the_known():
 
 @pytest.mark.parametrize("wrap", [
     lambda state: state,
-    lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}},
+    lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "best_prec1": __import__("numpy").float64(71.5)},
+    lambda state: {"model": {"state_dict": {f"_orig_mod.backbone.module.{k}": v for k, v in state.items()}}},
+    lambda state: {f"base.{k}": v for k, v in state.items()},
+    lambda state: {"state_dict": {f"module.encoder_q.{k}": v for k, v in state.items()}},
     lambda state: {"teacher": {f"module.backbone.{k}": v for k, v in state.items()} | {"module.head.mlp.0.weight": torch.ones(2)}, "student": {},
                    "epoch": 100, "args": argparse.Namespace(arch="resnet50_ibn", lr=5e-4)},
     lambda state: state | {"fc.weight": torch.ones(10, 256)},
@@ -246,6 +264,15 @@ def test_files_that_carry_code_are_not_run(tmp_path):
     assert not (tmp_path / "owned").exists()
     with pytest.raises(ValueError, match="no such file"):
         model.load_weights(model.build("r10ibn"), tmp_path / "nothing.pth")
+    with pytest.raises(ValueError, match="is a folder"):
+        model.load_weights(model.build("r10ibn"), tmp_path)
+
+
+def test_missing_statistics_are_warned_of(tmp_path):
+    state = {name: value for name, value in model.build("r10ibn").state_dict().items() if "running_" not in name}
+    torch.save(state, tmp_path / "weights.pth")
+    report = model.load_weights(model.build("r10ibn"), tmp_path / "weights.pth")
+    assert "WARNING: of batch norms the statistics are missing" in model.describe(report)
 
 
 def test_imagenet_weights_of_torchvision_load(tmp_path):
