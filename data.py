@@ -345,8 +345,10 @@ def read_tracks(file, confidence: float = -math.inf) -> tuple[np.ndarray, np.nda
     """
     try:
         with open(file) as lines:
-            comma = "," in lines.readline()
-        rows = np.loadtxt(file, delimiter="," if comma else None, ndmin=2)
+            first = lines.readline()
+        if not first.strip():
+            raise ValueError("it is empty")
+        rows = np.loadtxt(file, delimiter="," if "," in first else None, ndmin=2)
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from None
     except ValueError as error:
@@ -363,8 +365,8 @@ def read_tracks(file, confidence: float = -math.inf) -> tuple[np.ndarray, np.nda
     truth = columns > 6 and Path(file).name == "gt.txt" or columns == 9 and (rows[:, 8] >= 0).all()
     if truth:
         drop["not to be considered"] = rows[:, 6] == 0
-        drop["not people"] = (rows[:, 7] != 1) if columns == 9 else np.zeros(len(rows), bool)
-    elif columns > 6:
+        drop["not people (a truth: column 8 is read as the class, 1 for people)"] = (rows[:, 7] != 1) if columns == 9 else np.zeros(len(rows), bool)
+    elif columns > 6 and confidence > -math.inf:
         drop[f"below confidence {confidence:g}"] = rows[:, 6] < confidence
     return numbers, rows[:, 2:6], drop
 
@@ -391,7 +393,7 @@ def decode_frames(video: Path, wanted: np.ndarray, first: int):
     last, wanted, number = int(wanted.max(initial=-1)), set(wanted.tolist()), first
     try:
         with av.open(str(video)) as container:
-            if not container.streams.video:
+            if not container.streams.video or container.format.name == "tty":  # which is a text, drawn
                 raise ValueError(f"{video}: holds no video")
             container.streams.video[0].thread_type = "AUTO"
             for number, frame in enumerate(container.decode(video=0), first):
@@ -404,20 +406,20 @@ def decode_frames(video: Path, wanted: np.ndarray, first: int):
 
 
 def crop(video, tracks, out, every: int = 1, confidence: float = -math.inf, min_size: tuple[int, int] = (1, 1), first: int | None = None,
-         quality: int = 95, workers: int = 2) -> dict[str, int]:  # fmt: skip
+         quality: int = 95, workers: int = 2, name: str = "") -> dict[str, int]:  # fmt: skip
     """Cut a tracker's boxes out of a video: <out>/<name of the video>/<track:06d>_<frame:07d>_<det:02d>.jpg, det being the number of the
     box among the track file's lines of that frame.
 
     video: a file, or a folder of frames; tracks: a MOTChallenge file, see `read_tracks`; every: of so many frames one; min_size:
     (height, width) that a box must have after it is clipped to the frame. first: number of the first frame; if not given, for a
-    folder that in its image's name, for a file 0 where some line names a frame 0, else 1.
+    folder that in its image's name, for a file 0 where some line names a frame 0, else 1. name: of the folder of crops, if not the video's.
     The folder appears whole or not at all, and is hidden until then. Returns counts. Raises ValueError for wrong input, a folder
     that exists, tracks on frames that a folder does not have, and where more than 1% of the boxes are on frames that are broken.
     """
     video, started = Path(video), time.time()
     if not video.exists():
         raise ValueError(f"{video}: no such file or folder")
-    folder = Path(out) / video_name(video)
+    folder = Path(out) / (name or video_name(video))
     if folder.exists():
         raise ValueError(f"{folder}: exists already; delete it or give another --out")
     numbers, boxes, drop = read_tracks(tracks, confidence)
@@ -437,6 +439,10 @@ def crop(video, tracks, out, every: int = 1, confidence: float = -math.inf, min_
     det[order] = np.arange(len(numbers)) - np.repeat(begin, size)
     drop["between the frames taken"] = (numbers[:, 0] - first) % every != 0
     kept = order[~np.any(list(drop.values()), axis=0)[order]]
+    once = np.zeros(len(numbers), bool)
+    once[kept[np.unique(numbers[kept], axis=0, return_index=True)[1]]] = True
+    drop["second boxes of a track in a frame"] = ~once & np.isin(np.arange(len(once)), kept)
+    kept = kept[once[kept]]
     wanted, begin = np.unique(numbers[kept, 0], return_index=True)
     rows_of = dict(zip(wanted.tolist(), np.split(kept, begin[1:])))
     beside = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}")
@@ -457,12 +463,13 @@ def crop(video, tracks, out, every: int = 1, confidence: float = -math.inf, min_
             (beside / f"{numbers[rows[i], 1]:06d}_{number:07d}_{det[rows[i]]:02d}.jpg").write_bytes(jpeg.tobytes())
         return rows[large]
 
-    written, missed = [], len(kept)  # rows of the crops; boxes on frames that did not come
+    written, arrived, missed = [], [], len(kept)  # rows of the crops; frames that came; boxes on those that did not
 
     def take(number: int, future) -> None:
         nonlocal missed
         try:
             written.append(future.result())
+            arrived.append(number)
             missed -= len(rows_of[number])
         except (RuntimeError, OSError) as error:
             if not video.is_dir() or isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -483,10 +490,12 @@ def crop(video, tracks, out, every: int = 1, confidence: float = -math.inf, min_
         dropped = {reason: int(which.sum()) for reason, which in drop.items()} | {"too small": len(kept) - missed - len(rows), "on broken frames": missed}
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
         if missed > 0.01 * len(kept):
-            raise ValueError(f"{tracks}: {missed:,} of {len(kept):,} boxes are on frames that {video} does not have or that are broken; "
-                             f"the tracks go from frame {lowest} to {highest}, the video's first is taken for frame {first} (--first)")  # fmt: skip
+            absent = np.setdiff1d(wanted, arrived)
+            raise ValueError(f"{video}: {missed:,} of {len(kept):,} boxes are on {len(absent):,} frames that cannot be read (more than 1%), the first: "
+                             f"{files[absent[0]] if video.is_dir() else absent[0]}; {tracks} names frames {lowest} to {highest}, and the video's "
+                             f"first is taken for frame {first}")  # fmt: skip
         if not len(rows):
-            raise ValueError(f"{tracks}: no box is left of {len(numbers):,}: {reasons}")
+            raise ValueError(f"{tracks}: of {len(numbers):,} boxes all are dropped: {reasons}")
         os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -506,6 +515,8 @@ def crop_split(split, out, tracks=None, **options) -> None:
     """`crop` every sequence of a MOTChallenge split (<split>/<sequence>/img1/), by its own gt/gt.txt, or a tracker's results
     <tracks>/<sequence>.txt. MOT17 holds each video three times, for three detectors: the first with tracks is taken. Sequences
     cropped before are passed over. Raises ValueError where there is none, and for those without tracks."""
+    if not Path(split).is_dir():
+        raise ValueError(f"{split}: no such folder")
     sequences = sorted(folder.parent for folder in Path(split).glob("*/img1"))
     file_of = lambda sequence: Path(tracks) / f"{sequence.name}.txt" if tracks else sequence / "gt" / "gt.txt"
     videos = {}
@@ -515,11 +526,20 @@ def crop_split(split, out, tracks=None, **options) -> None:
     if not videos or missing:
         raise ValueError(f"{split}: " + (f"no tracks for {len(missing)} of {len(videos)} sequences, the first: {missing[0]}" if videos else
                          "no sequences; expected <sequence>/img1/000001.jpg and <sequence>/gt/gt.txt, or --tracks FOLDER"))  # fmt: skip
+    failed = []
     for sequence in sorted(videos.values()):
         if (Path(out) / sequence.name).exists():
             print(f"{Path(out) / sequence.name}: there already, left as it is", flush=True)
+        elif not file_of(sequence).stat().st_size:
+            print(f"{file_of(sequence)}: empty, nobody was tracked", flush=True)
         else:
-            crop(sequence / "img1", file_of(sequence), out, **options)
+            try:
+                crop(sequence / "img1", file_of(sequence), out, **options)
+            except ValueError as error:
+                failed.append(sequence.name)
+                print(error, flush=True)
+    if failed:
+        raise ValueError(f"{split}: {len(failed)} of {len(videos)} sequences failed, the others are in {out}: {', '.join(failed)}")
 
 
 # ---------------------------------------------------------------- walkers: drawn people whose identities are known
@@ -756,12 +776,15 @@ def main() -> None:
     """Cut tracklets out of videos."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     command = parser.add_subparsers(required=True).add_parser(
-        "crop", help="cut a tracker's boxes out of a video", description=crop.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        "crop", help="cut a tracker's boxes out of a video",
+        description="Cut a tracker's boxes out of a video into <out>/<video>/<track>_<frame>_<det>.jpg; det is the number of the box among "
+                    "the track file's lines of its frame. Refuses where more than 1% of the boxes are on frames that cannot be read.")
     given = command.add_mutually_exclusive_group(required=True)
     given.add_argument("--video", help="a video file (needs the package av), or a folder of frames")
     given.add_argument("--split", help="a MOTChallenge split, <split>/<sequence>/img1/, instead")
     command.add_argument("--tracks", help="MOTChallenge track file; with --split a folder of <sequence>.txt (default: each gt/gt.txt)")
     command.add_argument("--out", required=True, help="folder to write <video>/<track>_<frame>_<det>.jpg into")
+    command.add_argument("--name", default="", help="name of the video's folder (default: the video's)")
     command.add_argument("--every", type=int, default=1, help="take every n-th frame")
     command.add_argument("--confidence", type=float, default=-math.inf, help="drop boxes of a lower one (default: keep all)")
     command.add_argument("--min_size", type=int, nargs=2, default=(1, 1), metavar=("H", "W"), help="drop smaller boxes, pixels")
@@ -775,6 +798,10 @@ def main() -> None:
             raise ValueError(f"--{flag} {args[flag]}: expected {low} " + ("or more" if high == math.inf else f"to {high}"))
     video, split, tracks, out = (args.pop(name) for name in ("video", "split", "tracks", "out"))
     args["min_size"] = tuple(args["min_size"])
+    if args["name"] != Path(args["name"]).name:
+        raise ValueError(f"--name {args['name']}: expected the name of a folder, not a path")
+    if split and args.pop("name"):
+        raise ValueError("--name is for one --video; the sequences of a split have theirs")
     if split:
         crop_split(split, out, tracks, **args)
     elif not tracks:
@@ -788,3 +815,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped; what is finished stays, what was begun is gone")

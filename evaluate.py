@@ -307,8 +307,8 @@ def need(root: Path, *names: str) -> None:
     """Raise ValueError where a folder lacks one of the files or folders that its benchmark consists of."""
     missing = [name for name in names if not (root / name).exists()]
     if missing:
-        raise ValueError(f"{root}: {', '.join(missing)} missing, where {', '.join(name for name in names if name not in missing) or 'others'} "
-                         "would be: half a download?")  # fmt: skip
+        there = [name for name in names if name not in missing]
+        raise ValueError(f"{root}: has {', '.join(there) or 'a part'} but no {', no '.join(missing)}: half a download?")
 
 
 def need_files(folder: Path, names: list[str], listed_in: str) -> None:
@@ -576,6 +576,7 @@ def load_backbone(weights, arch: str | None = None, size: tuple[int, int] | None
     arch = arch or settings.get("arch")
     if not arch:
         raise ValueError(f"{weights}: does not say which architecture it is for; add --arch")
+    torch.manual_seed(0)  # whatever the file does not hold is at least the same every time
     backbone = build(arch)
     say(f"{weights}: {describe(load_weights(backbone, weights))}")
     size = tuple(size or settings.get("size", (256, 128)))
@@ -669,3 +670,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("evaluate.py: stopped")

@@ -440,9 +440,8 @@ def load_weights(model: nn.Module, file) -> dict:
 def describe(report: dict) -> str:
     """What `load_weights` did, in a line."""
     name = lambda names: f"{len(names)}" + (f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "")
-    untrained = any("running_" in name for name in report["missing"])
     return f"{len(report['matched'])} tensors matched, missing {name(report['missing'])}, left over {name(report['left_over'])}" + (
-        "; WARNING: of batch norms the statistics are missing, they are those of an untrained network" * untrained)  # fmt: skip
+        "; WARNING: what is missing keeps its initial values, so features are not the file's until it is trained" * bool(report["missing"]))  # fmt: skip
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in the paper
@@ -454,10 +453,10 @@ def normalize(images: Tensor) -> Tensor:
     return (images - mean[:, None, None]).div_(std[:, None, None])
 
 
-def multiply_adds(arch: str, size: tuple[int, int] = (256, 128)) -> int:
-    """Multiply-adds of one image, which torch counts as two operations. Nothing is computed: shapes only."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        build(arch).eval()(torch.empty(1, 3, *size))
+def multiply_adds(backbone: nn.Module, size: tuple[int, int] = (256, 128)) -> int:
+    """Multiply-adds of one image, which torch counts as two operations."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backbone.eval()(torch.zeros(1, 3, *size))
     return counter.get_total_flops() // 2
 
 
@@ -479,17 +478,19 @@ def main() -> None:
     names = parser.parse_args().arch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{'arch':<22} {'parameters':>12} {'multiply-adds':>14} {'embedding':>10} {'images/s':>9}   ({device.type}, float32, eval mode)")
+    failed = 0
     for arch in names or ["r10ibn", *ZOO]:
         try:
-            model = build(arch)
+            model = build(arch).eval()
+            check_sizes(model, arch, [(256, 128)])
         except ValueError as error:
-            if names:
-                raise
-            print(f"{arch:<22} {error}")
+            failed += 1
+            print(f"{arch:<22} {error}", flush=True)
             continue
-        check_sizes(model, arch, [(256, 128)])
-        count, speed = sum(p.numel() for p in model.parameters()), images_per_second(model, device)
-        print(f"{arch:<22} {count:>12,} {multiply_adds(arch) / 1e9:>12.2f} G {model.embed_dim:>10} {speed:>9,.0f}", flush=True)
+        count, work = sum(p.numel() for p in model.parameters()), multiply_adds(model)
+        print(f"{arch:<22} {count:>12,} {work / 1e9:>12.2f} G {model.embed_dim:>10} {images_per_second(model, device):>9,.0f}", flush=True)
+    if names and failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

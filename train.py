@@ -121,11 +121,12 @@ MAY_DIFFER = {"name", "workers", "log_every", "save_every"}  # settings that cha
 def parse_settings(argv=None) -> Settings:
     """Settings from the recipe and the flags that override it."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Settings), re.MULTILINE))
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] + " In brackets: the paper's recipe.", argument_default=argparse.SUPPRESS)
     for field in fields(Settings):
         several = isinstance(field.default, tuple)
         kind = type(field.default[0]) if several else type(field.default)
-        options = dict(help=comments[field.name].replace("%", "%%"))
+        paper = " ".join(map(str, field.default)) if several else field.default
+        options = dict(help=f"{comments[field.name]} [{paper}]".replace("%", "%%").replace(" []", ""))
         if kind is bool:
             options |= dict(action=argparse.BooleanOptionalAction)
         else:

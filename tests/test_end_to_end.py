@@ -260,7 +260,7 @@ def test_what_evaluate_refuses(finished, market, tmp_path):
         file.write_bytes(b"half a JPEG")
     assert "images cannot be read as JPEG (more than 1%)" in evaluate(copy)
     shutil.rmtree(copy / "query")
-    assert "query missing" in evaluate(copy)
+    assert "has bounding_box_test but no query" in evaluate(copy)
     assert "does not say which architecture" in run(tmp_path, "evaluate.py", "--weights", save_plain(tmp_path), "--data", market, fails=True)
     assert "--show -1: expected 0 or more" in evaluate(market, "--show", -1)
     assert not list(tmp_path.glob("*.npz*"))

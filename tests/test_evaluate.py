@@ -294,7 +294,7 @@ def test_half_of_market_is_refused(market):
     with pytest.raises(ValueError, match="query: no images but junk"):
         evaluate.read_benchmark(market)
     (market / "query").rmdir()
-    with pytest.raises(ValueError, match="query missing, where bounding_box_test would be: half a download"):
+    with pytest.raises(ValueError, match="has bounding_box_test but no query: half a download"):
         evaluate.read_benchmark(market)
     with pytest.raises(ValueError, match="no such folder"):
         evaluate.read_benchmark(market / "nothing")
@@ -347,7 +347,7 @@ def test_lists_of_msmt17_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="leaves the folder"):
         evaluate.read_benchmark(tmp_path)
     (tmp_path / "list_query.txt").unlink()
-    with pytest.raises(ValueError, match="list_query.txt missing, where test, list_gallery.txt would be"):
+    with pytest.raises(ValueError, match="has test, list_gallery.txt but no list_query.txt: half"):
         evaluate.read_benchmark(tmp_path)
 
 
@@ -409,7 +409,7 @@ def test_half_of_mars_is_refused(mars):
         evaluate.read_benchmark(mars)
     (mars / "info" / "test_name.txt").write_text("0002C1T0001F001.jpg\n")
     (mars / "info" / "query_IDX.mat").unlink()
-    with pytest.raises(ValueError, match="info/query_IDX.mat missing"):
+    with pytest.raises(ValueError, match="but no info/query_IDX.mat: half"):
         evaluate.read_benchmark(mars)
 
 

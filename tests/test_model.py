@@ -70,12 +70,11 @@ def test_takes_both_crop_sizes_and_a_training_step(arch):
 
 @pytest.mark.parametrize("arch, published", [("r50ibn", 4.09e9), ("vit_small", 3.79e9)])
 def test_multiply_adds_are_the_published_ones(arch, published):
-    assert model.multiply_adds(arch) == pytest.approx(published, rel=0.02)
+    assert model.multiply_adds(model.build(arch)) == pytest.approx(published, rel=0.02)
 
 
-def test_multiply_adds_of_a_known_layer(monkeypatch):
-    monkeypatch.setitem(model.ARCHITECTURES, "one", lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, padding=1, bias=False)))
-    assert model.multiply_adds("one", (8, 4)) == 8 * 4 * 3 * 5 * 9
+def test_multiply_adds_of_a_known_layer():
+    assert model.multiply_adds(torch.nn.Conv2d(3, 5, 3, padding=1, bias=False), (8, 4)) == 8 * 4 * 3 * 5 * 9
 
 
 @pytest.mark.parametrize("arch", ["convnext_tiny", "swin_t", "mobilenet_v3_small"])
@@ -268,11 +267,11 @@ def test_files_that_carry_code_are_not_run(tmp_path):
         model.load_weights(model.build("r10ibn"), tmp_path)
 
 
-def test_missing_statistics_are_warned_of(tmp_path):
+def test_missing_tensors_are_warned_of(tmp_path):
     state = {name: value for name, value in model.build("r10ibn").state_dict().items() if "running_" not in name}
     torch.save(state, tmp_path / "weights.pth")
     report = model.load_weights(model.build("r10ibn"), tmp_path / "weights.pth")
-    assert "WARNING: of batch norms the statistics are missing" in model.describe(report)
+    assert "WARNING: what is missing keeps its initial values" in model.describe(report)
 
 
 def test_imagenet_weights_of_torchvision_load(tmp_path):
@@ -349,7 +348,9 @@ def test_safetensors_load(tmp_path):
 
 
 def test_the_table_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["model.py", "r10ibn"])
-    model.main()
-    header, row = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr("sys.argv", ["model.py", "vit_b_16", "r10ibn", "nothing"])
+    with pytest.raises(SystemExit):
+        model.main()
+    header, refused, row, unknown = capsys.readouterr().out.splitlines()
+    assert refused.startswith("vit_b_16 ") and "cannot take images of 256x128" in refused and "unknown arch 'nothing'" in unknown
     assert row.split()[:2] == ["r10ibn", "1,230,240"] and row.split()[4] == "256" and float(row.split()[5]) > 0
