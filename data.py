@@ -8,7 +8,6 @@ identity sampler, and *walkers*, a synthetic set of tracklets whose true identit
 Read first: `read_tracklets`, `sample_identities`, `crop`.
 """
 import argparse
-import errno
 import json
 import math
 import os
@@ -434,63 +433,41 @@ def crop(video, tracks, out, every: int = 1, confidence: float = -math.inf, min_
     elif first is None:
         first = min(int(lowest), 1)
     order = np.argsort(numbers[:, 0], kind="stable")
-    frames, begin, size = np.unique(numbers[order, 0], return_index=True, return_counts=True)
+    _, begin, size = np.unique(numbers[order, 0], return_index=True, return_counts=True)
     det = np.empty(len(numbers), np.int64)
     det[order] = np.arange(len(numbers)) - np.repeat(begin, size)
     drop["between the frames taken"] = (numbers[:, 0] - first) % every != 0
     kept = order[~np.any(list(drop.values()), axis=0)[order]]
-    once = np.zeros(len(numbers), bool)
-    once[kept[np.unique(numbers[kept], axis=0, return_index=True)[1]]] = True
-    drop["second boxes of a track in a frame"] = ~once & np.isin(np.arange(len(once)), kept)
-    kept = kept[once[kept]]
+    single = np.sort(np.unique(numbers[kept], axis=0, return_index=True)[1])  # of a track's boxes in a frame the first: it is one person
+    dropped = {reason: int(which.sum()) for reason, which in drop.items()} | {"second boxes of a track in a frame": len(kept) - len(single)}
+    kept = kept[single]
     wanted, begin = np.unique(numbers[kept, 0], return_index=True)
     rows_of = dict(zip(wanted.tolist(), np.split(kept, begin[1:])))
     beside = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}")
-
-    def write(number: int, frame: np.ndarray | Path) -> np.ndarray:
-        """Write the crops of a frame; the rows of those that were large enough."""
-        if isinstance(frame, Path):
-            encoded = torch.from_numpy(np.fromfile(frame, np.uint8))
-            frame = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True).permute(1, 2, 0).numpy()
-        rows = rows_of[number]
-        x0, y0, x1, y1 = np.concatenate([boxes[rows, :2], boxes[rows, :2] + boxes[rows, 2:]], 1).round().T
-        x0, x1 = (x.clip(0, frame.shape[1]).astype(np.int64) for x in (x0, x1))
-        y0, y1 = (y.clip(0, frame.shape[0]).astype(np.int64) for y in (y0, y1))
-        large = np.flatnonzero((y1 - y0 >= max(min_size[0], 1)) & (x1 - x0 >= max(min_size[1], 1)))
-        for i in large:
-            image = torch.from_numpy(np.ascontiguousarray(frame[y0[i] : y1[i], x0[i] : x1[i]]))  # torch copies with threads of its own
-            jpeg = encode_jpeg(image.permute(2, 0, 1), quality=quality).numpy()
-            (beside / f"{numbers[rows[i], 1]:06d}_{number:07d}_{det[rows[i]]:02d}.jpg").write_bytes(jpeg.tobytes())
-        return rows[large]
-
-    written, arrived, missed = [], [], len(kept)  # rows of the crops; frames that came; boxes on those that did not
+    arrived, written = [], [np.zeros(0, np.int64)]  # frames, and rows of the crops
 
     def take(number: int, future) -> None:
-        nonlocal missed
-        try:
-            written.append(future.result())
+        large = future.result()
+        if large is not None:
             arrived.append(number)
-            missed -= len(rows_of[number])
-        except (RuntimeError, OSError) as error:
-            if not video.is_dir() or isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise
+            written.append(rows_of[number][large])
 
     try:
         beside.mkdir(parents=True)
         with ThreadPoolExecutor(workers) as pool:  # encoding runs beside decoding
-            source = ((n, files[n]) for n in wanted.tolist()) if video.is_dir() else decode_frames(video, wanted, first)
             waiting = deque()
-            for number, frame in source:
-                waiting.append((number, pool.submit(write, number, frame)))
+            for number, frame in ((n, files[n]) for n in wanted.tolist()) if video.is_dir() else decode_frames(video, wanted, first):
+                rows = rows_of[number]
+                waiting.append((number, pool.submit(write_crops, beside, number, frame, numbers[rows, 1], det[rows], boxes[rows], min_size, quality)))
                 if len(waiting) > 4 * workers:
                     take(*waiting.popleft())
             while waiting:
                 take(*waiting.popleft())
-        rows = np.concatenate([*written, np.zeros(0, np.int64)])
-        dropped = {reason: int(which.sum()) for reason, which in drop.items()} | {"too small": len(kept) - missed - len(rows), "on broken frames": missed}
+        rows, absent = np.concatenate(written), np.setdiff1d(wanted, arrived)
+        missed = sum(len(rows_of[number]) for number in absent.tolist())
+        dropped |= {"too small": len(kept) - missed - len(rows), "on broken frames": missed}
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
         if missed > 0.01 * len(kept):
-            absent = np.setdiff1d(wanted, arrived)
             raise ValueError(f"{video}: {missed:,} of {len(kept):,} boxes are on {len(absent):,} frames that cannot be read (more than 1%), the first: "
                              f"{files[absent[0]] if video.is_dir() else absent[0]}; {tracks} names frames {lowest} to {highest}, and the video's "
                              f"first is taken for frame {first}")  # fmt: skip
@@ -501,8 +478,28 @@ def crop(video, tracks, out, every: int = 1, confidence: float = -math.inf, min_
         shutil.rmtree(beside, ignore_errors=True)
     count = {"crops": len(rows), "tracks": len(np.unique(numbers[rows, 1])), "frames": len(np.unique(numbers[rows, 0]))}
     print(f"{folder}: {count['crops']:,} crops of {count['tracks']:,} tracks on {count['frames']:,} frames, the first frame being number {first}; "
-          f"{len(written) / (time.time() - started):.0f} frames/s" + (f"; dropped: {reasons}" if reasons else ""), flush=True)  # fmt: skip
+          f"{len(arrived) / (time.time() - started):.0f} frames/s" + (f"; dropped: {reasons}" if reasons else ""), flush=True)  # fmt: skip
     return count | dropped
+
+
+def write_crops(folder: Path, number: int, frame: np.ndarray | Path, tracks: np.ndarray, det: np.ndarray, boxes: np.ndarray,
+                min_size: tuple[int, int], quality: int) -> np.ndarray | None:  # fmt: skip
+    """Write the boxes (n, 4) of a frame, an array (H, W, 3) or its file, as JPEGs. Which were large enough, bool (n,); None where the
+    file cannot be read."""
+    if isinstance(frame, Path):
+        try:
+            encoded = torch.from_numpy(np.fromfile(frame, np.uint8))
+            frame = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True).permute(1, 2, 0).numpy()
+        except (RuntimeError, OSError):
+            return None
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).round()
+    x0, y0, x1, y1 = corners.clip(0, [frame.shape[1], frame.shape[0]] * 2).astype(np.int64).T
+    large = (y1 - y0 >= max(min_size[0], 1)) & (x1 - x0 >= max(min_size[1], 1))
+    for i in np.flatnonzero(large):
+        image = torch.from_numpy(np.ascontiguousarray(frame[y0[i] : y1[i], x0[i] : x1[i]]))  # torch would copy with threads of its own
+        jpeg = encode_jpeg(image.permute(2, 0, 1), quality=quality).numpy()
+        (folder / f"{tracks[i]:06d}_{number:07d}_{det[i]:02d}.jpg").write_bytes(jpeg.tobytes())
+    return large
 
 
 def video_name(video: Path) -> str:

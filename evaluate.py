@@ -288,7 +288,8 @@ def say_split(say, name: str, ids: np.ndarray, cams: np.ndarray, what: str = "im
     """One line on a split: how many images (or tracklets), identities and cameras. nobody: the identity that distractors have."""
     people = ids[ids != nobody]
     notes = [f"{len(ids) - len(people):,} of them distractors"] * (len(people) < len(ids)) + [more] * bool(more)
-    say(f"{name + ':':<8} {len(ids):>7,} {what} of {len(np.unique(people)):>5,} identities, {len(np.unique(cams))} cameras" + "".join(f"; {note}" for note in notes))
+    counts = f"{len(ids):>7,} {what} of {len(np.unique(people)):>5,} identities, {len(np.unique(cams))} cameras"
+    say(f"{name + ':':<8} " + "; ".join([counts, *notes]))
 
 
 PUBLISHED = {"Market-1501": (3368, 15913), "DukeMTMC-reID": (2228, 17661), "MSMT17": (11659, 82161), "MARS": (1980, 11310)}  # without junk
@@ -607,7 +608,7 @@ def main() -> None:
     """Rank a benchmark's gallery for its queries with the features of a network, and print one table."""
     parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--weights", required=True, help="checkpoint of a run, or backbone weights")
-    parser.add_argument("--data", default="data/walkers", help="folder of Market-1501, DukeMTMC-reID, MSMT17 or MARS, or with test/ and test.json, or tracklets")
+    parser.add_argument("--data", default="data/walkers", help="folder of Market-1501, DukeMTMC-reID, MSMT17, MARS, or of tracklets (test/, test.json)")
     parser.add_argument("--labels", help="annotation JSON of the identities, for tracklets without a test.json")
     parser.add_argument("--arch", help="architecture, if the checkpoint does not say; python model.py lists them")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="input size, if the checkpoint does not say (then 256 128)")

@@ -700,7 +700,7 @@ def evaluate(args) -> None:
     rows = []
     for benchmark in args.sizes:
         for name, strength in (("strong", 0.35), ("weak", 0.02)):
-            extra = ["metric that sorts", "re-ranking and metric"] if name == "strong" else []
+            extra = ["metric that sorts"] * (name == "strong") + ["re-ranking and metric"]
             bare = None
             for what in ("bare product", "whole evaluation", "metric alone", *extra):
                 runs = [in_a_process("rank_one", benchmark=benchmark, strength=strength, what=what.replace("metric that sorts", "sorted"))
