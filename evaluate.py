@@ -278,10 +278,17 @@ def label_tracklets(tracklets: Tracklets, ids: np.ndarray) -> Benchmark:
 
 def index_files(root: Path, folders: list[str], names: list[list[str]]) -> Tracklets:
     """An index of files named by hand: a list of names for each folder."""
-    counts = [len(files) for files in names]
     name = np.array([os.fsencode(file) for files in names for file in files])
-    video = np.repeat(np.arange(len(folders)), counts)
+    video = np.repeat(np.arange(len(folders)), [len(files) for files in names])
     return Tracklets(root, folders, name, video, np.arange(len(name)), np.zeros(len(name), np.int64))
+
+
+def join_images(root: Path, folders: tuple, query: tuple, gallery: tuple) -> Benchmark:
+    """A benchmark of images from query and gallery: names, ids and cams of each, below the folder of each."""
+    (names, *query), (gallery_names, *gallery) = query, gallery
+    ids, cams = (np.concatenate(pair) for pair in zip(query, gallery))
+    item = np.arange(len(ids))
+    return Benchmark(index_files(root, list(folders), [names, gallery_names]), item, ids, cams, item[: len(names)], item[len(names) :])
 
 
 def say_split(say, name: str, ids: np.ndarray, cams: np.ndarray, what: str = "images", more: str = "", nobody: int | None = None) -> None:
@@ -335,8 +342,10 @@ def read_market(root: Path, say=print) -> Benchmark:
     """Market-1501 (Zheng et al., ICCV 2015), and DukeMTMC-reID and others that took its layout: identity and camera are in the
     names. Junk, -1, is left out; identity 0 are distractors. Files that are no JPEG or PNG (Thumbs.db) are passed over."""
     need(root, "query", "bounding_box_test")
-    folders, kept, ids, cams = ["query", "bounding_box_test"], [], {}, {}
-    for folder in ["bounding_box_train"] * (root / "bounding_box_train").is_dir() + folders:
+    splits = {}
+    for title, folder in (("train", "bounding_box_train"), ("query", "query"), ("gallery", "bounding_box_test")):
+        if not (root / folder).is_dir():  # the training images may be left out
+            continue
         names = sorted(name for name in os.listdir(root / folder) if name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith("."))
         wrong = [name for name in names if not MARKET_NAME.fullmatch(name)]
         if wrong:
@@ -345,26 +354,21 @@ def read_market(root: Path, say=print) -> Benchmark:
             raise ValueError(f"{root / folder}: no images but junk; expected names such as 0002_c1s1_000451_03.jpg")
         numbers = np.array([MARKET_NAME.fullmatch(name).groups() for name in names]).astype(np.int64)  # (n, 2)
         valid = np.flatnonzero(numbers[:, 0] >= 0)
-        ids[folder], cams[folder] = numbers[valid].T
+        ids, cams = numbers[valid].T
         junk = len(names) - len(valid)
-        title = {"bounding_box_train": "train", "query": "query"}.get(folder, "gallery")
-        say_split(say, title, ids[folder], cams[folder], more=f"{junk:,} junk left out" * bool(junk), nobody=0)
-        if folder in folders:
-            kept.append([names[i] for i in valid])
-    Q = len(kept[0])
-    item = np.arange(Q + len(kept[1]))
-    joined = [np.concatenate([part[folder] for folder in folders]) for part in (ids, cams)]
-    name = "Market-1501" if re.search(r"_c\d+s\d+_", kept[1][0]) else "DukeMTMC-reID" if re.search(r"_c\d+_f\d+", kept[1][0]) else "Market-1501's layout"
-    return compare(say, name, Benchmark(index_files(root, folders, kept), item, *joined, item[:Q], item[Q:]))
+        say_split(say, title, ids, cams, more=f"{junk:,} junk left out" * bool(junk), nobody=0)
+        splits[title] = [names[i] for i in valid], ids, cams
+    one = splits["gallery"][0][0]
+    name = "Market-1501" if re.search(r"_c\d+s\d+_", one) else "DukeMTMC-reID" if re.search(r"_c\d+_f\d+", one) else "Market-1501's layout"
+    return compare(say, name, join_images(root, ("query", "bounding_box_test"), splits["query"], splits["gallery"]))
 
 
 def read_msmt17(root: Path, say=print) -> Benchmark:
     """MSMT17 (Wei et al., CVPR 2018): train/ and test/ of the first release, mask_train_v2/ and mask_test_v2/ of the second, with
     lists of `0000/0000_000_01_0303morning_0015_0.jpg 0`: the camera is the third number of the name."""
-    second = (root / "mask_test_v2").is_dir()
-    folder = {"train": "mask_train_v2" if second else "train", "test": "mask_test_v2" if second else "test"}
-    need(root, folder["test"], "list_query.txt", "list_gallery.txt")
-    files, ids, cams = {}, {}, {}
+    test = "mask_test_v2" if (root / "mask_test_v2").is_dir() else "test"
+    need(root, test, "list_query.txt", "list_gallery.txt")
+    splits = {}
     for split in ("train", "val", "query", "gallery"):
         listed = root / f"list_{split}.txt"
         if split in ("train", "val") and not listed.exists():
@@ -374,16 +378,13 @@ def read_msmt17(root: Path, say=print) -> Benchmark:
         if not rows or not all(rows):
             line = rows.index(None) + 1 if rows else 1
             raise ValueError(f"{listed}, line {line}: expected a path such as 0000/0000_000_01_0303morning_0015_0.jpg, a space, and a number")
-        files[split] = [row[1] for row in rows]
-        cams[split], ids[split] = (np.array([row[i] for row in rows]).astype(np.int64) for i in (2, 3))
+        files = [row[1] for row in rows]
+        cams, ids = (np.array([row[i] for row in rows]).astype(np.int64) for i in (2, 3))
         if split in ("query", "gallery"):
-            need_files(root / folder["test"], files[split], listed.name)
-        say_split(say, split, ids[split], cams[split])
-    Q = len(files["query"])
-    item = np.arange(Q + len(files["gallery"]))
-    joined = [np.concatenate([part["query"], part["gallery"]]) for part in (ids, cams)]
-    index = index_files(root, [folder["test"]], [files["query"] + files["gallery"]])
-    return compare(say, "MSMT17", Benchmark(index, item, *joined, item[:Q], item[Q:]))
+            need_files(root / test, files, listed.name)
+        say_split(say, split, ids, cams)
+        splits[split] = files, ids, cams
+    return compare(say, "MSMT17", join_images(root, (test, test), splits["query"], splits["gallery"]))
 
 
 def read_mars(root: Path, say=print) -> Benchmark:
@@ -392,26 +393,21 @@ def read_mars(root: Path, say=print) -> Benchmark:
     (-1), 0 being distractors: a query is among them, under its own camera. (Some codes leave queries out, and count 9,330.)"""
     need(root, "bbox_test", "info/test_name.txt", "info/tracks_test_info.mat", "info/query_IDX.mat")
 
-    def table(name: str) -> np.ndarray:
+    def table(name: str, columns: int) -> np.ndarray:
+        """The one table (n, columns) of a .mat file."""
         file = root / "info" / name
         try:
             arrays = [value for key, value in loadmat(file).items() if not key.startswith("__")]
         except Exception as error:  # whatever a damaged file makes scipy raise
             raise ValueError(f"{file}: cannot be read as a .mat file ({error})") from None
-        if len(arrays) != 1 or arrays[0].ndim != 2 or arrays[0].dtype.kind not in "iuf":
-            raise ValueError(f"{file}: expected one table of numbers")
-        return arrays[0].astype(np.int64)
-
-    def tracks(split: str) -> np.ndarray:
-        rows = table(f"tracks_{split}_info.mat")
-        if rows.shape[1] != 4:
-            raise ValueError(f"{root}/info/tracks_{split}_info.mat: expected 4 columns (first, last, identity, camera), got {rows.shape[1]}")
-        return rows
+        if len(arrays) != 1 or arrays[0].dtype.kind not in "iuf" or arrays[0].size % columns or columns > 1 and arrays[0].shape[1] != columns:
+            raise ValueError(f"{file}: expected one table of {columns} columns of numbers, got {[array.shape for array in arrays]}")
+        return arrays[0].astype(np.int64).reshape(-1, columns)
 
     if (root / "info/tracks_train_info.mat").exists():
-        train = tracks("train")
-        say_split(say, "train", train[:, 2], train[:, 3], "tracklets", f"{np.sum(train[:, 1] - train[:, 0] + 1):,} images")
-    rows, query = tracks("test"), table("query_IDX.mat").ravel() - 1
+        first, last, ids, cams = table("tracks_train_info.mat", 4).T
+        say_split(say, "train", ids, cams, "tracklets", f"{np.sum(last - first + 1):,} images")
+    rows, query = table("tracks_test_info.mat", 4), table("query_IDX.mat", 1)[:, 0] - 1
     names = (root / "info/test_name.txt").read_text().split()
     first, last, ids, cams = rows.T
     if first.min() < 1 or last.max() > len(names) or (last < first).any():
@@ -435,6 +431,7 @@ def read_mars(root: Path, say=print) -> Benchmark:
 
 
 # ---------------------------------------------------------------- features
+
 
 @torch.no_grad()
 def embed(backbone: nn.Module, tracklets: Tracklets, batches: list[np.ndarray], canvas: tuple[int, int], device, workers: int = 0, flip: bool = False):

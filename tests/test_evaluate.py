@@ -401,6 +401,10 @@ def test_half_of_mars_is_refused(mars):
     next((mars / "bbox_test" / "0004").iterdir()).unlink()
     with pytest.raises(ValueError, match="1 of the 10 files that info/test_name.txt names are missing"):
         evaluate.read_benchmark(mars)
+    scipy.io.savemat(mars / "info" / "tracks_test_info.mat", {"track_test_info": np.ones((4, 3))})
+    with pytest.raises(ValueError, match=r"tracks_test_info.mat: expected one table of 4 columns of numbers, got \[\(4, 3\)\]"):
+        evaluate.read_benchmark(mars)
+    scipy.io.savemat(mars / "info" / "tracks_test_info.mat", {"track_test_info": np.array([[1, 1, 2, 1]] * 7)})
     scipy.io.savemat(mars / "info" / "query_IDX.mat", {"query_IDX": np.array([[3, 8]])})
     with pytest.raises(ValueError, match="query_IDX.mat: expected numbers from 1 to 7"):
         evaluate.read_benchmark(mars)
