@@ -447,6 +447,7 @@ def crop(video, tracks, out, every: int = 1, confidence: float = -math.inf, min_
     arrived, written = [], [np.zeros(0, np.int64)]  # frames, and rows of the crops
 
     def take(number: int, future) -> None:
+        """Note what of a frame was written."""
         large = future.result()
         if large is not None:
             arrived.append(number)

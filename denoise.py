@@ -844,7 +844,8 @@ def main() -> None:
     else:
         if "RANK" in os.environ:
             dist.init_process_group("gloo")  # processes only wait for each other
-        backbone, size, _ = load_backbone(args.weights or "runs/walkers-r10ibn/last.pt", args.arch, args.size)
+        say = print if int(os.environ.get("RANK", 0)) == 0 else lambda text: None
+        backbone, size, _ = load_backbone(args.weights or "runs/walkers-r10ibn/last.pt", args.arch, args.size, say)
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
         features = extract_to_file(out.parent, backbone.to(device), tracklets, size, device, args.workers)
         if dist.is_initialized():

@@ -223,6 +223,10 @@ class Benchmark(NamedTuple):
     query: np.ndarray
     gallery: np.ndarray
 
+    def first_images(self) -> np.ndarray:
+        """The first image of each item, by which a tracklet is shown and named."""
+        return np.searchsorted(self.item, np.arange(len(self.ids)))
+
 
 def read_benchmark(root, labels=None, say=print) -> Benchmark:
     """The test split of whatever lies in a folder, known by its files; what was found is said in the numbers that papers print.
@@ -528,12 +532,11 @@ def show_retrieval(file, benchmark: Benchmark, features: Tensor, queries: np.nda
     """Write a PNG: a query (item) a row, framed white, and the ten nearest of the gallery that the protocol leaves in, right ones
     framed green, wrong ones red. A tracklet is shown by its first image."""
     images, sheet = Images(benchmark.images, canvas), []
-    first = np.searchsorted(benchmark.item, np.arange(len(benchmark.ids)))  # image of each item
+    first = benchmark.first_images()
     show = lambda item, colour: framed(images[first[item]][0] / 255, colour)
     ids, cams = benchmark.ids, benchmark.cams
     gallery = benchmark.gallery[features[benchmark.gallery].any(1).numpy()]
-    similarities = (features[gallery] @ features[queries].T).T.numpy()
-    for q, similarity in zip(queries, similarities):
+    for q, similarity in zip(queries, (features[gallery] @ features[queries].T).T.numpy()):
         valid = (ids[gallery] != ids[q]) | (cams[gallery] != cams[q])
         nearest = gallery[valid][np.argsort(-similarity[valid], kind="stable")[:10]]
         row = [show(q, (1, 1, 1)), *(show(i, (0.1, 0.8, 0.1) if ids[i] == ids[q] else (0.9, 0.1, 0.1)) for i in nearest)]
@@ -594,8 +597,7 @@ def print_table(rows: dict[str, dict]) -> None:
 def export(file, features: Tensor, benchmark: Benchmark) -> None:
     """Write features (items, d), ids, cameras (items,), paths (items,) of the image or a tracklet's first, and query and gallery,
     the items of each, as arrays of an .npz file."""
-    first = np.searchsorted(benchmark.item, np.arange(len(benchmark.ids)))
-    paths = np.array([benchmark.images.path(i) for i in first])
+    paths = np.array([benchmark.images.path(i) for i in benchmark.first_images()])
     with replacing(file) as temporary, open(temporary, "wb") as out:
         np.savez(out, features=features.numpy(), ids=benchmark.ids, cameras=benchmark.cams, paths=paths,
                  query=benchmark.query, gallery=benchmark.gallery)  # fmt: skip

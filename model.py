@@ -324,8 +324,11 @@ def any_size(volo: type) -> type:
     """timm's VOLO class with position embeddings that follow the input; as it is, it adds those of one size to any tokens."""
 
     class VOLO(volo):
+        """Takes images of any size."""
+
         @property
         def pos_embed(self) -> Tensor:
+            """The position embeddings for the grid of the last input."""
             return resize_grid(self._parameters["pos_embed"], self.grid)
 
         def forward(self, images: Tensor) -> Tensor:

@@ -513,19 +513,15 @@ def test_an_items_images_are_never_split_between_batches(walkers):
     assert len(features) == item.max() + 1
 
 
-def test_flipping_makes_an_image_and_its_mirror_image_alike():
+def test_flipping_makes_an_image_and_its_mirror_image_alike(monkeypatch):
     class Left(Colours):
         def forward(self, x):
             return super().forward(x[..., : x.shape[3] // 2])
 
     images = torch.randint(0, 256, (2, 3, 8, 4), dtype=torch.uint8)
     images[1] = images[0].flip(2)
-    loader = [(images, torch.ones(2, dtype=torch.bool))]
-    original, evaluate.load_batches = evaluate.load_batches, lambda *_: loader
-    try:
-        plain, flipped = (next(evaluate.embed(Left(), None, [np.arange(2)], None, "cpu", flip=flip))[1] for flip in (False, True))
-    finally:
-        evaluate.load_batches = original
+    monkeypatch.setattr(evaluate, "load_batches", lambda *_: [(images, torch.ones(2, dtype=torch.bool))])
+    plain, flipped = (next(evaluate.embed(Left(), None, [np.arange(2)], None, "cpu", flip=flip))[1] for flip in (False, True))
     assert (plain[0] - plain[1]).abs().max() > 1e-3
     torch.testing.assert_close(flipped[0], flipped[1])
 
