@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image, encode_jpeg
+from torchvision.transforms.functional import pad
 
 # ---------------------------------------------------------------- index
 
@@ -257,6 +258,12 @@ class Images(Dataset):
         return image, True
 
 
+def framed(image: Tensor, colour: tuple[float, float, float], width: int = 3) -> Tensor:
+    """A picture (3, H, W) in [0, 1] with a coloured frame of `width` pixels inside its edge."""
+    inner = image[:, width:-width, width:-width]
+    return torch.stack([pad(channel[None], width, fill=c)[0] for channel, c in zip(inner, colour)])
+
+
 def ignore_signals(_=None) -> None:
     """Loader workers leave Ctrl-C and SIGTERM to the process that feeds them, which has a checkpoint to write."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -297,38 +304,40 @@ def replace_unreadable(images: Tensor, readable: Tensor, K: int) -> Tensor:
 # ---------------------------------------------------------------- sampling
 
 
-def sample_identities(labels: np.ndarray, K: int, batch: int, seed: int, epoch: int) -> np.ndarray:
+def sample_identities(labels: np.ndarray, K: int, batch: int, seed: int, epoch: int, steps: int) -> np.ndarray:
     """The batches of one epoch: image indices (steps, batch), K images of each identity contiguous. Pure in its arguments.
 
-    Every identity's images are shuffled and cut into groups of K, the remainder left for another epoch's shuffle; an identity
-    with fewer than K images repeats them. Groups are shuffled into batches, the last incomplete batch is dropped. Rank r of w
-    takes columns r * batch/w to (r + 1) * batch/w, so identities are not split and the union is the same for any w.
+    Every identity's images are shuffled and cut into groups of K, the remainder left for another shuffle; an identity with fewer
+    than K images repeats them. Groups are shuffled into batches, the last incomplete batch is dropped; once all have come, it
+    begins anew. Rank r of w takes columns r * batch/w to (r + 1) * batch/w: identities are not split, the union is the same for any w.
     Images with label -1 are left out. Raises ValueError where K does not divide the batch or the identities fill no batch.
     """
-    steps = count_steps(labels, K, batch)
-    random = np.random.default_rng([seed, epoch])
-    images = np.flatnonzero(labels >= 0)
-    images = images[random.permutation(len(images))]
-    images = images[np.argsort(labels[images], kind="stable")]  # by identity, shuffled within
-    _, start, count = np.unique(labels[images], return_index=True, return_counts=True)
-    groups = np.maximum(count // K, 1)
+    check_batches(labels, [K], batch)
+    images, out = np.flatnonzero(labels >= 0), np.empty((0, batch), np.int64)
+    count = np.unique(labels[images], return_counts=True)[1]
+    start, groups = np.cumsum(count) - count, np.maximum(count // K, 1)
     which = np.repeat(np.arange(len(count)), groups)  # the identity of each group
     nth = np.arange(len(which)) - np.repeat(np.cumsum(groups) - groups, groups)  # its number within the identity
-    slot = (nth[:, None] * K + np.arange(K)) % count[which, None]  # (groups, K), wraps around for short identities
-    table = images[start[which, None] + slot]
-    return random.permutation(table)[: steps * batch // K].reshape(steps, batch)
+    slot = start[which, None] + (nth[:, None] * K + np.arange(K)) % count[which, None]  # (groups, K), wraps around for short identities
+    random = np.random.default_rng([seed, epoch])
+    while len(out) < steps:
+        shuffled = images[random.permutation(len(images))]
+        shuffled = shuffled[np.argsort(labels[shuffled], kind="stable")]  # by identity, shuffled within
+        full = len(which) * K // batch
+        out = np.concatenate([out, random.permutation(shuffled[slot])[: full * batch // K].reshape(full, batch)])
+    return out[:steps]
 
 
-def count_steps(labels: np.ndarray, K: int, batch: int) -> int:
-    """Steps of an epoch of `sample_identities`. Raises ValueError where K does not divide the batch or identities fill no batch."""
-    if batch % K:
-        raise ValueError(f"a batch of {batch} images cannot hold K={K} of each identity; K must divide it")
+def check_batches(labels: np.ndarray, Ks, batch: int) -> None:
+    """Raises ValueError where a K does not divide the batch, or identities do not fill one with K images of each."""
     count = np.unique(labels[labels >= 0], return_counts=True)[1]
-    groups = int(np.maximum(count // K, 1).sum())
-    if groups * K < batch:
-        raise ValueError(f"{len(count):,} identities give {groups:,} groups of K={K}, fewer than the {batch // K} of one batch; "
-                         "a smaller --batch needs fewer (--recipe demo has one)")  # fmt: skip
-    return groups * K // batch
+    for K in Ks:
+        if batch % K:
+            raise ValueError(f"a batch of {batch} images cannot hold K={K} of each identity; K must divide it")
+        groups = int(np.maximum(count // K, 1).sum())
+        if groups * K < batch:
+            raise ValueError(f"{len(count):,} identities give {groups:,} groups of K={K}, fewer than the {batch // K} of one batch; "
+                             "a smaller --batch needs fewer (--recipe demo has one)")  # fmt: skip
 
 
 # ---------------------------------------------------------------- from videos to tracklets
@@ -545,7 +554,7 @@ def crop_split(split, out, tracks=None, **options) -> None:
 HEIGHT, WIDTH = 128, 64
 
 
-def draw_walkers(root, seed: int = 0, people: int = 100, videos: int = 48, held_out: int = 60, noise: float = 1.0, chunk: int = 32) -> None:
+def draw_walkers(root, seed: int = 0, people: int = 100, videos: int = 48, held_out: int = 60, noise: float = 1.0, test_videos: int = 24, chunk: int = 32) -> None:
     """Draw a set of tracklets into root: train/ and test/ in LUPerson-NL's layout, their truth in train.json and test.json.
 
     The people and videos of test/ are others than those of train/; test/ holds fewer frames of each and no identity switches.
@@ -557,7 +566,7 @@ def draw_walkers(root, seed: int = 0, people: int = 100, videos: int = 48, held_
         raise ValueError(f"{root}: exists already; delete it to draw walkers there anew")
     beside = root.with_name(f".{root.name}.{os.getpid()}")
     try:
-        for split, n, v, frames in (("train", people, videos, (14, 24)), ("test", held_out, max(2, videos // 2), (6, 10))):
+        for split, n, v, frames in (("train", people, videos, (14, 24)), ("test", held_out, test_videos, (6, 10))):
             random = np.random.default_rng([seed, split == "test"])
             looks, cameras, boxes = draw_looks(random, n), draw_cameras(random, v), track_people(random, n, v, frames, split == "train", noise if split == "train" else 1.0)
             for start in range(0, len(boxes["video"]), chunk):

@@ -25,8 +25,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torchvision.utils import make_grid, save_image
 
-from data import Images, Tracklets, find_splits, read_labels, read_tracklets, refuse_unreadable, replacing, write_labels
-from evaluate import extract_to_file, framed, load_backbone
+from data import Images, Tracklets, find_splits, framed, read_labels, read_tracklets, refuse_unreadable, replacing, write_labels
+from model import extract_to_file, load_backbone
 
 TOLERANCE = 1e-6  # of float32 arithmetic, in cosine distance
 
@@ -653,7 +653,8 @@ def calibrate(features, video: np.ndarray, track: np.ndarray, frame: np.ndarray,
 
 
 def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int = 2, window: int = 16, stride: int = 8,
-            split: bool = True, cannot_link: bool = True, returning: bool = False, cut_by=None, report=None) -> np.ndarray:  # fmt: skip
+            split: bool = True, cannot_link: bool = True, returning: bool = False, cut_by=None, levels: int = 3,
+            report=None) -> np.ndarray:  # fmt: skip
     """Identities from tracklets: calibration and the three levels. Labels int64 (N,), 0..n-1, -1 for noise.
 
     features: (N, d), array or memory-mapped, any float type, normalised here; those of a network are worth far more after
@@ -680,7 +681,7 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
         back = (lambda level, found, share: report(level, found[np.argsort(order)], share)) if report else None
         labels[order] = denoise(
             Rows(features, order), video[order], track[order], frame[order], sigma, tau, min_images, window, stride,
-            split, cannot_link, returning, cut_by, back,
+            split, cannot_link, returning, cut_by, levels, back,
         )  # fmt: skip
         return labels
     video, track = dense(video), dense(track)
@@ -693,9 +694,13 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images: int
         track = split_switches(features if cut_by is None else cut_by, video, track, frame, tau)
     labels = single_tracklet(features, video, track, sigma, min_images)
     tell("single tracklet", labels)
+    if levels == 1:
+        return labels
     # a cut has found the other half of a switch already
     labels = single_video(features, labels, video, track, frame, sigma, tau, min_images, cannot_link, recover=not split)
     tell("single video", labels)
+    if levels == 2:
+        return labels
     labels = cross_video(features, labels, video, frame, sigma, tau, window, stride, cannot_link)
     if returning:
         tell("cross video", labels)

@@ -9,7 +9,6 @@ pictures of ranked lists.
 Read first: `score`, `rerank`, `read_benchmark`.
 """
 import argparse
-import hashlib
 import os
 import re
 import sys
@@ -20,15 +19,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from scipy.io import loadmat
 from scipy.sparse import csr_array
-from torch import Tensor, nn
-from torchvision.transforms.functional import pad
+from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from data import Images, Tracklets, load_batches, read_labels, read_tracklets, refuse_unreadable, replacing
-from model import build, check_sizes, describe, load_weights, normalize, read_checkpoint
+from data import Images, Tracklets, framed, read_labels, read_tracklets, refuse_unreadable, replacing
+from model import extract, load_backbone
 
 # ---------------------------------------------------------------- ranking
 
@@ -434,98 +431,7 @@ def read_mars(root: Path, say=print) -> Benchmark:
     return compare(say, "MARS", Benchmark(index, item, ids[kept], cams[kept], number[query], np.arange(len(kept))))
 
 
-# ---------------------------------------------------------------- features
-
-
-@torch.no_grad()
-def embed(backbone: nn.Module, tracklets: Tracklets, batches: list[np.ndarray], canvas: tuple[int, int], device, workers: int = 0, flip: bool = False):
-    """Features of batches of images: yields (rows, float32 (B, embed_dim) of unit length on the CPU), zero where unreadable.
-    flip: the sum of the image's and its mirror image's."""
-    backbone.eval()
-    for rows, (images, readable) in zip(batches, load_batches(tracklets, batches, canvas, workers)):
-        images = normalize(images.to(device, non_blocking=True).float() / 255)
-        out = backbone(images)
-        if flip:
-            out = out + backbone(images.flip(3))
-        yield rows, F.normalize(out.float(), dim=1).cpu() * readable[:, None]
-
-
-def extract(backbone: nn.Module, tracklets: Tracklets, canvas: tuple[int, int], device, workers: int = 0, batch: int = 256,
-            item: np.ndarray | None = None, flip: bool = False) -> tuple[Tensor, np.ndarray]:  # fmt: skip
-    """Features of all images, float32 (N, embed_dim) of unit length on the CPU, and which could be read, bool (N,): others have a
-    zero row.
-
-    item (N,), ascending: the mean of the features of each item's images instead, one row an item, of unit length again.
-    Where several processes run, each takes its share of the batches, which are the same for any number of them, and all end with
-    all features.
-    """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    item = np.arange(len(tracklets)) if item is None else item
-    begin = np.searchsorted(item, item) // batch  # an item's images stay together, so that their sum has one order
-    batches = np.split(np.arange(len(item)), np.flatnonzero(np.diff(begin)) + 1)[rank::world_size]
-    features, readable = torch.zeros(int(item[-1]) + 1, backbone.embed_dim), torch.zeros(len(item), dtype=torch.uint8)
-    for rows, out in embed(backbone, tracklets, batches, canvas, device, workers, flip):
-        features.index_add_(0, torch.from_numpy(item[rows]), out)
-        readable[rows] = out.any(1).byte()
-    if world_size > 1:
-        features, readable = features.to(device), readable.to(device)
-        dist.all_reduce(features)  # of each row one summand is not zero
-        dist.all_reduce(readable)
-    features = features.cpu() if item[-1] + 1 == len(item) else F.normalize(features.cpu(), dim=1)
-    return features, readable.cpu().numpy().astype(bool)
-
-
-def extract_to_file(folder, backbone: nn.Module, tracklets: Tracklets, canvas: tuple[int, int], device, workers: int = 0,
-                    batch: int = 256, save_every: float = 30) -> np.ndarray:  # fmt: skip
-    """Features as `extract`'s, float16 (N, embed_dim), memory-mapped from folder/features-<key>.npy; the key stands for weights
-    and names of images (after changing images under their names, delete it). What is there is not computed again, and a run that
-    was killed goes on where it was, on any number of processes (which share the folder): blocks of `batch` images are ticked off
-    in features-<key>.done, every `save_every` seconds.
-    """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    key = hashlib.sha256(repr((str(tracklets.root.resolve()), tracklets.folders, canvas, batch)).encode())
-    for array in (tracklets.name, tracklets.video, *(tensor.cpu().float().numpy() for tensor in backbone.state_dict().values())):
-        key.update(np.ascontiguousarray(array))
-    file = Path(folder) / f"features-{key.hexdigest()[:12]}.npy"
-    part, done = file.with_suffix(".part"), file.with_suffix(".done")
-    blocks = -(-len(tracklets) // batch)
-    wait = dist.barrier if world_size > 1 else lambda: None
-    if rank == 0:
-        print(f"features: {f'found in {file}' if file.exists() else f'going on with {part}' if done.exists() else f'into {file}'}", flush=True)
-    wait()
-    if not file.exists():
-        if rank == 0 and not (part.exists() and done.exists()):
-            with replacing(part) as temporary:
-                np.lib.format.open_memmap(temporary, "w+", np.float16, (len(tracklets), backbone.embed_dim))
-            with replacing(done) as temporary:
-                np.zeros(blocks, bool).tofile(temporary)
-        wait()
-        features, ticks = np.lib.format.open_memmap(part, "r+"), np.memmap(done, bool, "r+")
-        mine = np.flatnonzero(~ticks)[rank::world_size]
-        wait()  # nobody ticks before all have looked
-        batches, finished, clock = [np.arange(b * batch, min((b + 1) * batch, len(tracklets))) for b in mine], [], time.time()
-        for block, (rows, out) in zip(mine, embed(backbone, tracklets, batches, canvas, device, workers)):
-            features[rows] = out.numpy()
-            finished.append(block)
-            if time.time() >= clock + save_every or block == mine[-1]:
-                features.flush()  # to the disk before it is said to be there
-                ticks[finished] = True
-                finished, clock = [], time.time()
-                if rank == 0 and block != mine[-1]:
-                    print(f"features of {ticks.mean():.1%} of {len(tracklets):,} images", flush=True)
-        del features
-        wait()
-        if rank == 0:
-            done.unlink()
-            os.replace(part, file)
-        wait()
-    return np.load(file, mmap_mode="r")
-
-
-def framed(image: Tensor, colour: tuple[float, float, float], width: int = 3) -> Tensor:
-    """A picture (3, H, W) in [0, 1] with a coloured frame of `width` pixels inside its edge."""
-    inner = image[:, width:-width, width:-width]
-    return torch.stack([pad(channel[None], width, fill=c)[0] for channel, c in zip(inner, colour)])
+# ---------------------------------------------------------------- pictures and tables
 
 
 def show_retrieval(file, benchmark: Benchmark, features: Tensor, queries: np.ndarray, canvas: tuple[int, int] = (128, 64)) -> None:
@@ -543,9 +449,6 @@ def show_retrieval(file, benchmark: Benchmark, features: Tensor, queries: np.nda
         sheet += row + [torch.zeros_like(row[0])] * (11 - len(row))
     with replacing(file) as temporary:
         save_image(make_grid(torch.stack(sheet), nrow=11, padding=2), temporary, format="png")
-
-
-# ---------------------------------------------------------------- the table
 
 
 def evaluate_features(features: Tensor, benchmark: Benchmark, reranking: bool = False, device="cpu") -> dict:
@@ -568,21 +471,6 @@ def evaluate_features(features: Tensor, benchmark: Benchmark, reranking: bool = 
     ap[readable[benchmark.query]] = result["ap"]
     left_out = len(ap) - result["queries"]
     return result | {f"R{k}": float(cmc[min(k, len(cmc)) - 1]) for k in (1, 5, 10)} | {"left_out": left_out, "ap": ap}
-
-
-def load_backbone(weights, arch: str | None = None, size: tuple[int, int] | None = None, say=lambda text: None):
-    """A backbone with weights, its input size and the settings of the run they come from (empty for other people's files)."""
-    settings = read_checkpoint(weights).get("settings")
-    settings = settings if isinstance(settings, dict) else {}
-    arch = arch or settings.get("arch")
-    if not arch:
-        raise ValueError(f"{weights}: does not say which architecture it is for; add --arch")
-    torch.manual_seed(0)  # whatever the file does not hold is at least the same every time
-    backbone = build(arch)
-    say(f"{weights}: {describe(load_weights(backbone, weights))}")
-    size = tuple(size or settings.get("size", (256, 128)))
-    check_sizes(backbone.eval(), arch, [size])
-    return backbone, size, settings
 
 
 def print_table(rows: dict[str, dict]) -> None:

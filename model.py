@@ -11,17 +11,23 @@ zoo (its table 5) come from torchvision and timm, by their names there.
 Read first: `IBN`, `ResNet`, `build`.
 """
 import argparse
+import hashlib
 import math
+import os
 import re
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from data import Tracklets, load_batches, replacing
 
 
 class IBN(nn.Module):
@@ -447,6 +453,23 @@ def describe(report: dict) -> str:
         "; WARNING: what is missing keeps its initial values, so features are not the file's until it is trained" * bool(report["missing"]))  # fmt: skip
 
 
+def load_backbone(weights, arch: str | None = None, size: tuple[int, int] | None = None, say=lambda text: None):
+    """A backbone with weights, its input size and the settings of the run they come from (empty for other people's files)."""
+    settings = read_checkpoint(weights).get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    arch = arch or settings.get("arch")
+    if not arch:
+        raise ValueError(f"{weights}: does not say which architecture it is for; add --arch")
+    torch.manual_seed(0)  # whatever the file does not hold is at least the same every time
+    backbone = build(arch)
+    say(f"{weights}: {describe(load_weights(backbone, weights))}")
+    size = tuple(size or settings.get("size", (256, 128)))
+    check_sizes(backbone.eval(), arch, [size])
+    return backbone, size, settings
+
+
+# ---------------------------------------------------------------- features
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in the paper
 
 
@@ -454,6 +477,94 @@ def normalize(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] -> zero mean, unit variance over ImageNet."""
     mean, std = torch.tensor([MEAN, STD], dtype=images.dtype).to(images.device, non_blocking=True)  # which is not waited for
     return (images - mean[:, None, None]).div_(std[:, None, None])
+
+
+@torch.no_grad()
+def embed(backbone: nn.Module, tracklets: Tracklets, batches: list[np.ndarray], canvas: tuple[int, int], device, workers: int = 0, flip: bool = False):
+    """Features of batches of images: yields (rows, float32 (B, embed_dim) of unit length on the CPU), zero where unreadable.
+    flip: the sum of the image's and its mirror image's."""
+    backbone.eval()
+    for rows, (images, readable) in zip(batches, load_batches(tracklets, batches, canvas, workers)):
+        images = normalize(images.to(device, non_blocking=True).float() / 255)
+        out = backbone(images)
+        if flip:
+            out = out + backbone(images.flip(3))
+        yield rows, F.normalize(out.float(), dim=1).cpu() * readable[:, None]
+
+
+def extract(backbone: nn.Module, tracklets: Tracklets, canvas: tuple[int, int], device, workers: int = 0, batch: int = 256,
+            item: np.ndarray | None = None, flip: bool = False) -> tuple[Tensor, np.ndarray]:  # fmt: skip
+    """Features of all images, float32 (N, embed_dim) of unit length on the CPU, and which could be read, bool (N,): others have a
+    zero row.
+
+    item (N,), ascending: the mean of the features of each item's images instead, one row an item, of unit length again.
+    Where several processes run, each takes its share of the batches, which are the same for any number of them, and all end with
+    all features.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    item = np.arange(len(tracklets)) if item is None else item
+    begin = np.searchsorted(item, item) // batch  # an item's images stay together, so that their sum has one order
+    batches = np.split(np.arange(len(item)), np.flatnonzero(np.diff(begin)) + 1)[rank::world_size]
+    features, readable = torch.zeros(int(item[-1]) + 1, backbone.embed_dim), torch.zeros(len(item), dtype=torch.uint8)
+    for rows, out in embed(backbone, tracklets, batches, canvas, device, workers, flip):
+        features.index_add_(0, torch.from_numpy(item[rows]), out)
+        readable[rows] = out.any(1).byte()
+    if world_size > 1:
+        features, readable = features.to(device), readable.to(device)
+        dist.all_reduce(features)  # of each row one summand is not zero
+        dist.all_reduce(readable)
+    features = features.cpu() if item[-1] + 1 == len(item) else F.normalize(features.cpu(), dim=1)
+    return features, readable.cpu().numpy().astype(bool)
+
+
+def extract_to_file(folder, backbone: nn.Module, tracklets: Tracklets, canvas: tuple[int, int], device, workers: int = 0,
+                    batch: int = 256, save_every: float = 30) -> np.ndarray:  # fmt: skip
+    """Features as `extract`'s, float16 (N, embed_dim), memory-mapped from folder/features-<key>.npy; the key stands for weights
+    and names of images (after changing images under their names, delete it). What is there is not computed again, and a run that
+    was killed goes on where it was, on any number of processes (which share the folder): blocks of `batch` images are ticked off
+    in features-<key>.done, every `save_every` seconds.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    key = hashlib.sha256(repr((str(tracklets.root.resolve()), tracklets.folders, canvas, batch)).encode())
+    for array in (tracklets.name, tracklets.video, *(tensor.cpu().float().numpy() for tensor in backbone.state_dict().values())):
+        key.update(np.ascontiguousarray(array))
+    file = Path(folder) / f"features-{key.hexdigest()[:12]}.npy"
+    part, done = file.with_suffix(".part"), file.with_suffix(".done")
+    blocks = -(-len(tracklets) // batch)
+    wait = dist.barrier if world_size > 1 else lambda: None
+    if rank == 0:
+        print(f"features: {f'found in {file}' if file.exists() else f'going on with {part}' if done.exists() else f'into {file}'}", flush=True)
+    wait()
+    if not file.exists():
+        if rank == 0 and not (part.exists() and done.exists()):
+            with replacing(part) as temporary:
+                np.lib.format.open_memmap(temporary, "w+", np.float16, (len(tracklets), backbone.embed_dim))
+            with replacing(done) as temporary:
+                np.zeros(blocks, bool).tofile(temporary)
+        wait()
+        features, ticks = np.lib.format.open_memmap(part, "r+"), np.memmap(done, bool, "r+")
+        mine = np.flatnonzero(~ticks)[rank::world_size]
+        wait()  # nobody ticks before all have looked
+        batches, finished, clock = [np.arange(b * batch, min((b + 1) * batch, len(tracklets))) for b in mine], [], time.time()
+        for block, (rows, out) in zip(mine, embed(backbone, tracklets, batches, canvas, device, workers)):
+            features[rows] = out.numpy()
+            finished.append(block)
+            if time.time() >= clock + save_every or block == mine[-1]:
+                features.flush()  # to the disk before it is said to be there
+                ticks[finished] = True
+                finished, clock = [], time.time()
+                if rank == 0 and block != mine[-1]:
+                    print(f"features of {ticks.mean():.1%} of {len(tracklets):,} images", flush=True)
+        del features
+        wait()
+        if rank == 0:
+            done.unlink()
+            os.replace(part, file)
+        wait()
+    return np.load(file, mmap_mode="r")
+
+
+# ---------------------------------------------------------------- a table of networks
 
 
 def multiply_adds(backbone: nn.Module, size: tuple[int, int] = (256, 128)) -> int:

@@ -32,15 +32,15 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (
-    Images, check_readable, count_steps, draw_walkers, find_splits, load_batches, read_identities, read_labels, read_tracklets, refuse_unreadable,
+    Images, check_batches, check_readable, draw_walkers, find_splits, load_batches, read_identities, read_labels, read_tracklets, refuse_unreadable,
     replace_unreadable, replacing, sample_identities, write_labels,
 )  # fmt: skip
 from denoise import check_index, denoise_tracklets, show_identities
 from distill import (
     Network, Views, all_reduce, collapse, gauge, make_views, matching_loss, show_views, sinkhorn, update_center, update_teacher,
 )  # fmt: skip
-from evaluate import evaluate_features, extract, extract_to_file, label_tracklets, show_retrieval
-from model import Head, build, check_sizes, describe, load_weights
+from evaluate import evaluate_features, label_tracklets, show_retrieval
+from model import Head, build, check_sizes, describe, extract, extract_to_file, load_weights
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Settings:
     name: str = ""  # folder below runs/ (default: data and arch); the same command resumes what is there
     weights: str = ""  # backbone weights that replace stage 1
     labels: str = ""  # annotation JSON of identities that replaces stage 1 and denoising
+    identities: str = "cion"  # who teaches whom: cion (denoised), or instance (each image itself: DINO), tracklet (raw), true (train.json)
     seed: int = 0  # of everything random
     # views
     size: tuple[int, int] = (256, 128)  # global crops and evaluation: height, width
@@ -74,7 +75,7 @@ class Settings:
     epochs: tuple[int, ...] = (40, 20, 20, 20)  # stage 2: epochs of each phase
     tracklet_K: tuple[int, ...] = (2,)  # stage 1: the same
     tracklet_epochs: tuple[int, ...] = (20,)  # stage 1: the same
-    epoch_steps: int = 0  # longest epoch, in steps; 0: every image once
+    epoch_steps: int = 0  # steps of an epoch; 0: as many as the images fill
     # head and loss
     prototypes: int = 65536  # D, the width of the head's output
     hidden: int = 2048  # width of the head's layers
@@ -98,6 +99,8 @@ class Settings:
     min_images: int = 2  # a tracklet that keeps fewer dissolves
     window: int = 16  # videos in the sliding range
     stride: int = 8  # videos by which it moves
+    levels: int = 3  # of denoising: 1 within tracklets, 2 within videos, 3 across videos
+    rounds: int = 1  # how often identities are found and stage 2 is trained on them
     # this machine
     precision: str = "auto"  # of the networks: float32, bfloat16, float16; auto: the GPU's best half, float32 on a CPU
     compile: bool = False  # torch.compile the networks: minutes at the start, faster steps
@@ -142,7 +145,11 @@ def parse_settings(argv=None) -> Settings:
         raise ValueError(f"--recipe {recipe}: expected paper or demo")
     base = {} if recipe == "paper" else DEMO if arch == "r10ibn" else DEMO_LARGE
     settings = Settings(**base | flags | {"recipe": recipe})
-    settings.name = settings.name or f"{Path(settings.data or 'walkers').resolve().name}-{arch.replace('/', '-')}"
+    if settings.identities == "instance":
+        settings.K, settings.tracklet_K = (1,) * len(settings.K), (1,) * len(settings.tracklet_K)
+    parts = [Path(settings.data or "walkers").resolve().name, arch.replace("/", "-")]
+    parts += [settings.identities] * (settings.identities != "cion") + [f"seed{settings.seed}"] * (settings.seed > 0)
+    settings.name = settings.name or "-".join(parts)
     check_settings(settings)
     return settings
 
@@ -154,9 +161,9 @@ def check_settings(s: Settings) -> None:
             raise ValueError(f"--{stage}K {Ks} has {len(Ks)} phases and --{stage}epochs {epochs} {len(epochs)}: give each its epochs")
         if min(Ks) < 1 or min(epochs) < 0:
             raise ValueError(f"--{stage}K {Ks} --{stage}epochs {epochs}: expected K of 1 and more, epochs of 0 and more")
-    for flag, known in (("centering", ("ema", "sinkhorn")), ("precision", ("auto", "float32", "bfloat16", "float16"))):
+    for flag, known in (("identities", ("instance", "tracklet", "cion", "true")), ("levels", (1, 2, 3)), ("centering", ("ema", "sinkhorn")), ("precision", ("auto", "float32", "bfloat16", "float16"))):
         if getattr(s, flag) not in known:
-            raise ValueError(f"--{flag} {getattr(s, flag)}: expected {', '.join(known[:-1])} or {known[-1]}")
+            raise ValueError(f"--{flag} {getattr(s, flag)}: expected {', '.join(map(str, known[:-1]))} or {known[-1]}")
     if s.canvas[0] < s.size[0] or s.canvas[1] < s.size[1]:
         raise ValueError(f"--canvas {s.canvas} is smaller than --size {s.size}")
     for flag in ("size", "local_size"):
@@ -169,7 +176,7 @@ def check_settings(s: Settings) -> None:
     for flag in ("sigma", "tau"):
         if not getattr(s, flag) <= 2:
             raise ValueError(f"--{flag} {getattr(s, flag)}: a cosine distance lies in [0, 2]")
-    for flag in ("batch", "accumulate", "prototypes", "hidden", "bottleneck", "student_temp", "teacher_temp", "min_images", "log_every", "save_every"):
+    for flag in ("batch", "accumulate", "prototypes", "hidden", "bottleneck", "student_temp", "teacher_temp", "min_images", "rounds", "log_every", "save_every"):
         if not np.all(np.array(getattr(s, flag)) > 0):
             raise ValueError(f"--{flag} {getattr(s, flag)}: expected a number above 0")
     for flag in ("lr", "seed", "workers", "local_crops", "freeze_last", "epoch_steps"):
@@ -188,6 +195,8 @@ def check_settings(s: Settings) -> None:
     for flag in ("weights", "labels"):
         if getattr(s, flag) and not os.path.isfile(getattr(s, flag)):
             raise ValueError(f"--{flag} {getattr(s, flag)}: no such file")
+    if s.identities != "cion" and (s.labels or s.weights):
+        raise ValueError(f"--identities {s.identities} goes without --labels and --weights, which replace a stage of cion")
     backbone = build(s.arch)
     check_sizes(backbone, s.arch, (s.size, s.local_size))
     if s.weights:
@@ -223,11 +232,17 @@ def schedule(s: Settings, step: int, total: int) -> Schedule:
     )
 
 
-def plan_epochs(labels: np.ndarray, s: Settings, Ks, epochs) -> list[tuple[int, int]]:
-    """(K, steps) of every epoch of a stage. The schedules run over their sum: steps per epoch change with K, and laying them
-    out for the first K, as the released code does, runs off their end."""
-    steps = {K: min(count_steps(labels, K, s.batch), s.epoch_steps or 10**9) for K in Ks}
-    return [(K, steps[K]) for K, n in zip(Ks, epochs) for _ in range(n)]
+def plan_epochs(images: int, s: Settings, Ks, epochs) -> list[tuple[int, int]]:
+    """(K, steps) of every epoch of a stage. An epoch is as many steps as the images fill, whatever K and the labels are, and the
+    schedules run over the sum: laying them out for the first K, as the released code does, runs off their end."""
+    return [(K, s.epoch_steps or max(1, images // s.batch)) for K, n in zip(Ks, epochs) for _ in range(n)]
+
+
+def stage_name(s: Settings, stage: int) -> str:
+    """Whose images teach each other in a stage: what its figures are logged under."""
+    if s.identities != "cion":
+        return s.identities
+    return "tracklet" if stage == 0 else "cion" if stage == s.rounds else f"round {stage}"
 
 
 # ---------------------------------------------------------------- the run's state
@@ -240,7 +255,7 @@ class Run:
         self.settings = settings
         self.rank, self.world_size, self.device = join_processes()
         self.folder = Path("runs") / settings.name
-        self.stage, self.step, self.results, self.resumed = "tracklet", 0, {}, None
+        self.stage, self.step, self.results, self.resumed = 0, 0, {}, None
         self.stop_asked, self.training = 0, False
         self.precision = choose_precision(settings.precision, self.device)
         torch.manual_seed(settings.seed)  # the same initial weights on every rank
@@ -341,7 +356,7 @@ class Run:
                 os.truncate(log, min(found["log_bytes"], log.stat().st_size))  # lines after the checkpoint will come again
         if file.name != "last.pt":
             self.say("resume", f"{wrong[0] if wrong else 'last.pt is missing'}: going back to {file.name}, the checkpoint before")
-        self.say("resume", f"{self.folder} at {'its end' if self.stage == 'done' else f'stage {self.stage!r}, step {self.step:,}'}")
+        self.say("resume", f"{self.folder} at {'its end' if self.stage > self.settings.rounds else f'stage {self.stage + 1}, step {self.step:,}'}")
 
     def agree(self, value, otherwise: str) -> None:
         """Raise ValueError where processes come with different values."""
@@ -354,7 +369,7 @@ class Run:
         """Raise FloatingPointError where a loss or a gradient of any process was not finite since the start. Reading it waits
         for the device, so it is done before logging and saving only. A scaler meets infinities by design, but finds its scale."""
         if not all_reduce(self.finite.clone(), dist.ReduceOp.MIN) or self.scaler.get_scale() < 1:
-            raise FloatingPointError(f"a loss or a gradient is not finite by step {self.step} of stage {self.stage!r}; {self.folder}/last.pt is the "
+            raise FloatingPointError(f"a loss or a gradient is not finite by step {self.step} of stage {self.stage + 1}; {self.folder}/last.pt is the "
                                      f"last good state. Try a lower --lr (now {self.settings.lr}) under another --name")  # fmt: skip
 
     def should_stop(self) -> bool:
@@ -436,13 +451,12 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
     Raises ValueError where images are unreadable or identities too few, FloatingPointError where the loss is not finite.
     """
     s, local = run.settings, run.settings.batch // run.world_size
-    plan = plan_epochs(labels, s, Ks, epochs)
-    total = sum(steps for _, steps in plan)
-    number, what = (1, "tracklet") if run.stage == "tracklet" else (2, "cross-video")
-    run.say(f"stage {number}", f"{what} identities: {len(np.unique(labels[labels >= 0])):,} of {(labels >= 0).sum():,} images, {total:,} steps of {s.batch}")
+    plan = plan_epochs(len(labels), s, Ks, epochs)
+    total, name = sum(steps for _, steps in plan), stage_name(s, run.stage)
+    run.say(f"stage {run.stage + 1}", f"{name} identities: {len(np.unique(labels[labels >= 0])):,} of {(labels >= 0).sum():,} images, {total:,} steps of {s.batch}")
 
     network = DistributedDataParallel(run.student, gradient_as_bucket_view=True)
-    new_head = run.stage == "tracklet" or bool(s.weights or s.labels)  # its prototypes stay as they are at first
+    new_head = run.stage == 0 or bool(s.weights or s.labels)  # its prototypes stay as they are at first
     optimizer = make_optimizer(run.student)
     if run.resumed:
         optimizer.load_state_dict(run.resumed)
@@ -454,7 +468,7 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
         done += steps
         if start >= steps:
             continue
-        mine = sample_identities(labels, K, s.batch, s.seed, epoch)[start:steps, run.rank * local : (run.rank + 1) * local]
+        mine = sample_identities(labels, K, s.batch, s.seed, epoch, steps)[start:, run.rank * local : (run.rank + 1) * local]
         for rows, (images, readable) in zip(mine, load_batches(tracklets, list(mine), s.canvas, s.workers)):
             if not readable.all():
                 run.unreadable.update(rows[~readable.numpy()].tolist())
@@ -471,7 +485,7 @@ def train_stage(run: Run, tracklets, labels: np.ndarray, Ks, epochs, first_epoch
                 left = (total - run.step) * s.batch / rate
                 run.say("", f"step {run.step:>5,}/{total:,}  K {K}  loss {loss:.3f} of {uniform:.3f}  entropy {entropy / uniform:4.0%}  "
                         f"used {used:,}  lr {now.lr:.1e}  {rate:6,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")  # fmt: skip
-                run.log("train", stage=run.stage, step=run.step, epoch=epoch, K=K, loss=loss, entropy=entropy, entropy_share=entropy / uniform,
+                run.log("train", stage=name, step=run.step, epoch=epoch, K=K, loss=loss, entropy=entropy, entropy_share=entropy / uniform,
                         prototypes_used=used, images_per_second=rate, **now._asdict())  # fmt: skip
                 words = collapse(loss, entropy, used, s.prototypes, s.batch // K) if run.step > s.warmup * total else ""
                 collapsed = collapsed + 1 if words else min(collapsed, 0)
@@ -592,14 +606,17 @@ def main() -> None:
     run.say("data", f"{train_folder}: {named if s.labels else tracklets}{drawn}")
     truth = read_labels(root / "train.json", tracklets) if test and not s.labels and (root / "train.json").exists() else None
     benchmark = label_tracklets(test, read_labels(root / "test.json", test)) if test else None
+    if s.identities == "true" and truth is None:
+        raise ValueError(f"--identities true: {root} does not hold train/, test/, test.json and train.json, the truth")
+    raw = {"instance": np.arange(len(tracklets)), "true": truth}.get(s.identities, tracklets.track)
     run.say("", f"{test_folder}: {test}, held out" if test else f"{root} does not hold all of train/, test/ and test.json: no evaluation")
     check_readable(tracklets)
     if given is not None:
-        plan_epochs(given, s, s.K, s.epochs)  # fails here where identities fill no batch
+        check_batches(given, s.K, s.batch)
     else:
         check_index(tracklets.video, tracklets.track, tracklets.frame, name=tracklets.path)
         if not s.weights:
-            plan_epochs(tracklets.track, s, s.tracklet_K, s.tracklet_epochs)
+            check_batches(raw, s.tracklet_K, s.batch)
 
     run.resume()  # what the run's folder holds already
     try:
@@ -624,48 +641,39 @@ def main() -> None:
         run.log("evaluate", stage=stage, **result)
         return features
 
-    # 2. stage 1: every raw tracklet an identity
+    # 2. to 4. stages: raw tracklets first, then, each time, the identities that denoising finds with the encoder so far
     measure("random")
-    if run.stage == "tracklet" and run.step == 0:
+    if run.stage == run.step == 0:
         if s.weights:
             report = load_weights(run.student.backbone, s.weights)
             run.teacher.backbone.load_state_dict(run.student.backbone.state_dict())
             run.say("weights", f"{s.weights}: {describe(report)}")
         run.save()
-    if run.stage == "tracklet" and not s.weights and given is None:
-        train_stage(run, tracklets, tracklets.track, s.tracklet_K, s.tracklet_epochs, first_epoch=0)
-    if run.stage == "tracklet":
-        if given is None:
-            measure("tracklet")
-
-        # 3. denoise
-        labels = given if given is not None else find_identities(run, tracklets, truth)
-        try:
-            plan_epochs(labels, s, s.K, s.epochs)
-        except ValueError as error:
-            raise ValueError(f"stage 2 cannot be trained on these identities: {error}. Other settings can start from this encoder: "
-                             f"--weights {run.folder}/last.pt --name NEW") from None  # fmt: skip
-        if run.rank == 0:
-            write_labels(run.folder / "identities.json", tracklets, labels)
-        dist.barrier()
-        run.stage, run.step = "cion", 0
-        run.save()
-
-    # 4. stage 2: identities across videos
-    if run.stage == "cion":
-        labels = read_labels(run.folder / "identities.json", tracklets)
-        if run.rank == 0:
-            rows = sample_identities(labels, s.K[-1], s.batch, s.seed, 0)[0, :16]
-            images = torch.stack([Images(tracklets, s.canvas)[i][0] for i in rows])
-            show_views(run.folder / "crops.png", images, view_kinds(s), torch.Generator().manual_seed(s.seed))
-        train_stage(run, tracklets, labels, s.K, s.epochs, first_epoch=sum(s.tracklet_epochs))
-
-        # 5. evaluate
-        features = measure("cion")
-        if features is not None and run.rank == 0:
+    while run.stage <= s.rounds:
+        found = run.folder / "identities.json"
+        Ks, epochs = (s.K, s.epochs) if run.stage else (s.tracklet_K, s.tracklet_epochs)
+        if run.stage or not s.weights and given is None:
+            labels = read_labels(found, tracklets) if run.stage and s.identities == "cion" else raw
+            if run.stage == s.rounds and run.rank == 0:
+                rows = sample_identities(labels, s.K[-1], s.batch, s.seed, 0, 1)[0, :16]
+                images = torch.stack([Images(tracklets, s.canvas)[i][0] for i in rows])
+                show_views(run.folder / "crops.png", images, view_kinds(s), torch.Generator().manual_seed(s.seed))
+            train_stage(run, tracklets, labels, Ks, epochs, first_epoch=run.stage and sum(s.tracklet_epochs) + (run.stage - 1) * sum(s.epochs))
+        features = measure(stage_name(s, run.stage)) if given is None and (run.stage == s.rounds or s.identities == "cion") or run.stage else None
+        if run.stage < s.rounds and s.identities == "cion":
+            labels = given if given is not None else find_identities(run, tracklets, truth)
+            try:
+                check_batches(labels, s.K, s.batch)
+            except ValueError as error:
+                raise ValueError(f"stage 2 cannot be trained on these identities: {error}. Other settings can start from this encoder: "
+                                 f"--weights {run.folder}/last.pt --name NEW") from None  # fmt: skip
+            if run.rank == 0:
+                write_labels(found, tracklets, labels)
+            dist.barrier()
+        elif run.stage == s.rounds and features is not None and run.rank == 0:
             queries = benchmark.query[np.linspace(0, len(benchmark.query) - 1, 12).astype(int)]
             show_retrieval(run.folder / "retrieval.png", benchmark, features, np.unique(queries))
-        run.stage = "done"
+        run.stage, run.step = run.stage + 1, 0
         run.save()
     run.gather_unreadable(tracklets)
     if run.unreadable:
@@ -688,10 +696,10 @@ def find_identities(run: Run, tracklets, truth: np.ndarray | None) -> np.ndarray
         found, report, space = denoise_tracklets(
             tracklets, features, run.folder / "features.scratch", truth, print_line=lambda text: run.say("", text),
             sigma=None if s.sigma < 0 else s.sigma, tau=None if s.tau < 0 else s.tau,
-            min_images=s.min_images, window=s.window, stride=s.stride,
+            min_images=s.min_images, window=s.window, stride=s.stride, levels=s.levels,
         )  # fmt: skip
         run.unreadable.update(report.pop("unreadable"))
-        run.log("denoise", **report)
+        run.log("denoise", round=run.stage + 1, **report)
         with replacing(run.folder / "space.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, **space._asdict())
         show_identities(run.folder / "denoised.png", tracklets, found)

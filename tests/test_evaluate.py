@@ -381,8 +381,8 @@ def test_mars_by_tracklet(mars, capsys):
     assert benchmark.item.tolist() == [0, 1, 1, 1, 2, 3, 3, 4, 4, 5]
     assert benchmark.images.path(1) == "bbox_test/0002/0002C1T0001F001.jpg"
     network = Colours()
-    features, _ = evaluate.extract(network, benchmark.images, (16, 8), torch.device("cpu"), batch=4, item=benchmark.item)
-    single, _ = evaluate.extract(network, benchmark.images, (16, 8), torch.device("cpu"), batch=4)
+    features, _ = model.extract(network, benchmark.images, (16, 8), torch.device("cpu"), batch=4, item=benchmark.item)
+    single, _ = model.extract(network, benchmark.images, (16, 8), torch.device("cpu"), batch=4)
     mean = torch.nn.functional.normalize(single[1:4].mean(0), dim=0)
     torch.testing.assert_close(features[1], mean)
     assert features.shape == (6, 3) and evaluate.evaluate_features(features, benchmark)["queries"] == 2
@@ -393,7 +393,7 @@ def test_junk_queries_of_mars_are_left_out_and_broken_images_counted(mars):
     (mars / "bbox_test" / "0002" / "0002C1T0001F002.jpg").write_bytes(b"")
     benchmark = evaluate.read_benchmark(mars, say=lambda text: None)
     assert benchmark.query.tolist() == [1]
-    features, readable = evaluate.extract(Colours(), benchmark.images, (16, 8), torch.device("cpu"), item=benchmark.item)
+    features, readable = model.extract(Colours(), benchmark.images, (16, 8), torch.device("cpu"), item=benchmark.item)
     assert readable.tolist() == [True] * 2 + [False] + [True] * 7 and features.any(1).all()
 
 
@@ -433,7 +433,7 @@ def test_tracklets_with_a_test_folder_alone(walkers, tmp_path, capsys):
 
 def test_frame_keeps_the_picture_inside():
     image = torch.rand(3, 20, 10)
-    framed = evaluate.framed(image, (1.0, 0.0, 0.0))
+    framed = data.framed(image, (1.0, 0.0, 0.0))
     assert framed.shape == image.shape and torch.equal(framed[:, 3:-3, 3:-3], image[:, 3:-3, 3:-3])
     assert framed[:, 0, 5].tolist() == [1, 0, 0]
 
@@ -457,28 +457,28 @@ class Colours(torch.nn.Module):
 def test_features_on_disk_go_on_where_they_were_and_are_not_computed_twice(walkers, tmp_path):
     t = data.read_tracklets(walkers / "test")
     arguments = t, (32, 16), torch.device("cpu")
-    want, _ = evaluate.extract(Colours(), *arguments)
+    want, _ = model.extract(Colours(), *arguments)
     options = dict(batch=16, save_every=0)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.extract_to_file(tmp_path, Colours(breaks_after=50), *arguments, **options)
+        model.extract_to_file(tmp_path, Colours(breaks_after=50), *arguments, **options)
     assert not list(tmp_path.glob("features-*.npy"))  # nothing that looks finished
     network = Colours()
-    got = evaluate.extract_to_file(tmp_path, network, *arguments, **options)
+    got = model.extract_to_file(tmp_path, network, *arguments, **options)
     assert network.seen == len(t) - 48  # three blocks were there
     assert got.dtype == np.float16 and np.abs(got - want.numpy()).max() < 1e-3
     again = Colours()
-    assert (evaluate.extract_to_file(tmp_path, again, *arguments, **options) == got).all() and again.seen == 0
+    assert (model.extract_to_file(tmp_path, again, *arguments, **options) == got).all() and again.seen == 0
     other = Colours(gain=2.0)
-    evaluate.extract_to_file(tmp_path, other, *arguments, **options)
+    model.extract_to_file(tmp_path, other, *arguments, **options)
     assert other.seen == len(t) and len(list(tmp_path.iterdir())) == 2  # other weights, another file
 
 
 def test_any_number_of_batches_gives_the_same_features(walkers):
     t = data.read_tracklets(walkers / "test")
-    want, readable = evaluate.extract(Colours(), t, (32, 16), torch.device("cpu"))
+    want, readable = model.extract(Colours(), t, (32, 16), torch.device("cpu"))
     assert readable.all()
     for batch in (1, 7, 10**6):
-        torch.testing.assert_close(evaluate.extract(Colours(), t, (32, 16), torch.device("cpu"), batch=batch)[0], want)
+        torch.testing.assert_close(model.extract(Colours(), t, (32, 16), torch.device("cpu"), batch=batch)[0], want)
 
 
 def test_a_feature_is_the_networks_answer_to_the_normalised_image_alone(market):
@@ -495,7 +495,7 @@ def test_a_feature_is_the_networks_answer_to_the_normalised_image_alone(market):
 
     write_image(market / "query" / MARKET["query"][0], (250, 20, 90))
     benchmark, network = evaluate.read_benchmark(market, say=lambda text: None), Recorder()
-    features, _ = evaluate.extract(network, benchmark.images, (24, 12), torch.device("cpu"))
+    features, _ = model.extract(network, benchmark.images, (24, 12), torch.device("cpu"))
     colour = read_image(str(market / "query" / MARKET["query"][0])).float().mean((1, 2)) / 255
     want = (colour - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(features[0], torch.nn.functional.normalize(want, dim=0), atol=1e-3, rtol=1e-3)
@@ -507,7 +507,7 @@ def test_an_items_images_are_never_split_between_batches(walkers):
     item, seen = t.track, []
     network = Colours()
     network.register_forward_hook(lambda _, x, y: seen.append(len(x[0])))
-    features, _ = evaluate.extract(network, t, (32, 16), torch.device("cpu"), batch=20, item=item)
+    features, _ = model.extract(network, t, (32, 16), torch.device("cpu"), batch=20, item=item)
     ends, sizes = np.cumsum(seen), np.bincount(item)
     assert ends[-1] == len(t) and set(ends) <= set(np.cumsum(sizes)) and max(seen) < 20 + sizes.max()
     assert len(features) == item.max() + 1
@@ -521,7 +521,7 @@ def test_flipping_makes_an_image_and_its_mirror_image_alike(monkeypatch):
     images = torch.randint(0, 256, (2, 3, 8, 4), dtype=torch.uint8)
     images[1] = images[0].flip(2)
     monkeypatch.setattr(evaluate, "load_batches", lambda *_: [(images, torch.ones(2, dtype=torch.bool))])
-    plain, flipped = (next(evaluate.embed(Left(), None, [np.arange(2)], None, "cpu", flip=flip))[1] for flip in (False, True))
+    plain, flipped = (next(model.embed(Left(), None, [np.arange(2)], None, "cpu", flip=flip))[1] for flip in (False, True))
     assert (plain[0] - plain[1]).abs().max() > 1e-3
     torch.testing.assert_close(flipped[0], flipped[1])
 
