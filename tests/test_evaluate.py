@@ -10,6 +10,7 @@ from torchvision.io import encode_jpeg, read_image
 
 import data
 import evaluate
+import model
 
 
 def by_sorting(query, gallery, query_ids, gallery_ids, query_cams, gallery_cams):
