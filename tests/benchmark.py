@@ -499,7 +499,7 @@ def index_parts(images: int, videos: int, labelled: int, identities: int) -> dic
         fixed = lambda text: np.broadcast_to(np.frombuffer(text, np.uint8), (images, len(text)))
         name = np.concatenate([digits(track, 6), fixed(b"_"), digits(frame, 7), fixed(b"_00.jpg")], 1).view("S21")[:, 0]
         visited = [".", *sorted({f[:7] for f in folders}), *folders]
-        np.savez(f"{root}.index.npz", changed=[data.last_change(root / f) for f in visited], visited=visited, folders=folders, name=name,
+        np.savez(f"{root}.index.npz", changed=[(root / f).stat().st_mtime_ns for f in visited], visited=visited, folders=folders, name=name,
                  video=np.sort(random.integers(0, videos, images)), track=track, frame=frame)  # fmt: skip
         del name, track, frame
         with measured() as run:
@@ -510,7 +510,7 @@ def index_parts(images: int, videos: int, labelled: int, identities: int) -> dic
         labels = np.sort(random.integers(0, identities, labelled))
         for K in (2, 8):
             with measured() as run:
-                plan = data.sample_identities(labels, K, 960, 0, 0)
+                plan = data.sample_identities(labels, K, 960, 0, 0, labelled // 960)
             rows.append([f"planning an epoch, K {K}", f"{labelled:,} images, {identities:,} identities: {len(plan):,} steps", run.seconds, run.peak])
         part = data.read_tracklets(root)
         part = data.Tracklets(root, part.folders, part.name[:labelled], part.video[:labelled], part.track[:labelled], part.frame[:labelled])

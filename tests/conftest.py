@@ -21,5 +21,5 @@ def walkers(tmp_path_factory):
     from data import draw_walkers
 
     root = tmp_path_factory.mktemp("walkers") / "set"
-    draw_walkers(root, people=10, videos=6, held_out=6)
+    draw_walkers(root, people=10, videos=6, held_out=6, test_videos=3)
     return root

@@ -174,50 +174,74 @@ def test_a_broken_jpeg_is_black_counted_and_replaced_by_its_own_identity(tmp_pat
         data.check_readable(t)
 
 
+def pass_length(labels, K, batch):
+    """Batches until every group of K images, of which short identities have one, has come once."""
+    return sum(max(1, n // K) for n in np.unique(labels[labels >= 0], return_counts=True)[1]) * K // batch
+
+
 def test_sampler_by_definition():
     random = np.random.default_rng(0)
     labels = random.integers(-1, 30, 500)
     labels[:3] = 30  # an identity of three images: repeats them
+    count = np.bincount(labels[labels >= 0])
     for K in (1, 2, 4):
-        batches = data.sample_identities(labels, K, batch=16, seed=1, epoch=0)
+        full = pass_length(labels, K, 16)
+        batches = data.sample_identities(labels, K, 16, seed=1, epoch=0, steps=2 * full + 3)
+        assert batches.shape == (2 * full + 3, 16) and (labels[batches] >= 0).all()  # as many as asked for, none of label -1
         groups = labels[batches].reshape(-1, K)
-        assert (groups == groups[:, :1]).all() and (groups >= 0).all()
-        assert len(batches) == sum(max(1, n // K) for n in np.bincount(labels[labels >= 0])) * K // 16
-        rows = batches.reshape(-1, K)
-        for row in rows[np.bincount(labels[labels >= 0])[groups[:, 0]] >= K]:
+        assert (groups == groups[:, :1]).all()
+        for row in batches.reshape(-1, K)[count[groups[:, 0]] >= K]:
             assert len(set(row)) == K  # repeats only where there are too few
+        for once in (batches[:full], batches[full : 2 * full]):  # every group comes once before any comes again
+            images = once.reshape(-1, K)[count[labels[once].reshape(-1, K)[:, 0]] >= K]
+            assert len(np.unique(images)) == images.size
+            assert (np.bincount(labels[once].reshape(-1, K)[:, 0], minlength=31) <= np.maximum(count // K, 1)).all()
+        assert (batches[:full] != batches[full : 2 * full]).any()
+
+
+def test_a_pass_that_fills_its_batches_holds_every_group():
+    labels = np.repeat(np.arange(8), 4)
+    for once in np.split(data.sample_identities(labels, 2, 8, 0, 0, steps=12), 3):
+        assert sorted(once.ravel()) == list(range(32))
 
 
 def test_sampler_is_pure_and_epochs_differ():
     labels = np.repeat(np.arange(20), 10)
-    draw = lambda *key: data.sample_identities(labels, 4, 16, *key)
+    draw = lambda *key, steps=30: data.sample_identities(labels, 4, 16, *key, steps)
     np.testing.assert_array_equal(draw(3, 1), draw(3, 1))
     assert (draw(3, 1) != draw(3, 2)).any() and (draw(3, 1) != draw(4, 1)).any()
+    for steps in (0, 1, 10, 11, 29):  # fewer steps are the first of more
+        np.testing.assert_array_equal(draw(3, 1, steps=steps), draw(3, 1)[:steps])
 
 
 def test_every_image_is_used_evenly_over_epochs():
     labels = np.repeat([0, 1, 2, 3], [6, 10, 8, 12])
-    counts = sum(np.bincount(data.sample_identities(labels, 4, 4, 0, epoch).ravel(), minlength=36) for epoch in range(300))
+    steps = pass_length(labels, 4, 4)
+    counts = sum(np.bincount(data.sample_identities(labels, 4, 4, 0, epoch, steps).ravel(), minlength=36) for epoch in range(300))
     for identity in range(4):
         own = counts[labels == identity]
         assert own.max() < 1.25 * own.min(), own
 
 
 def test_sampler_says_what_does_not_fit():
-    with pytest.raises(ValueError, match="K must divide"):
-        data.sample_identities(np.arange(10), 3, 16, 0, 0)
-    with pytest.raises(ValueError, match="fewer than the 4 of one batch"):
-        data.sample_identities(np.array([0, 0, 1, 1, -1]), 4, 16, 0, 0)
+    few = np.array([0, 0, 1, 1, -1])
+    for refused in (lambda labels, K: data.sample_identities(labels, K, 16, 0, 0, 1), lambda labels, K: data.check_batches(labels, [1, K], 16)):
+        with pytest.raises(ValueError, match="K must divide"):
+            refused(np.arange(16), 3)
+    for refused in (lambda: data.sample_identities(few, 4, 16, 0, 0, 1), lambda: data.check_batches(few, [4], 16)):
+        with pytest.raises(ValueError, match="2 identities give 2 groups of K=4, fewer than the 4 of one batch"):
+            refused()
+    data.check_batches(np.arange(16), [1, 2], 16)
 
 
 def test_walkers_are_the_same_every_time_and_their_truth_is_kept_aside(walkers, tmp_path):
-    data.draw_walkers(tmp_path / "again", people=10, videos=6, held_out=6)
+    data.draw_walkers(tmp_path / "again", people=10, videos=6, held_out=6, test_videos=3)
     first, second = data.read_tracklets(walkers / "train"), data.read_tracklets(tmp_path / "again" / "train")
     assert [first.path(i) for i in range(len(first))] == [second.path(i) for i in range(len(second))]
     for i in range(0, len(first), 7):
         assert (walkers / "train" / first.path(i)).read_bytes() == (tmp_path / "again" / "train" / second.path(i)).read_bytes()
     assert (walkers / "train.json").read_bytes() == (tmp_path / "again" / "train.json").read_bytes()
-    data.draw_walkers(tmp_path / "other", seed=1, people=10, videos=6, held_out=6)
+    data.draw_walkers(tmp_path / "other", seed=1, people=10, videos=6, held_out=6, test_videos=3)
     assert (tmp_path / "other" / "train.json").read_bytes() != (walkers / "train.json").read_bytes()
     with pytest.raises(ValueError, match="exists already"):
         data.draw_walkers(walkers)
@@ -374,15 +398,15 @@ def test_det_is_the_line_of_the_frame_whatever_is_dropped(tmp_path):
 
 def test_motchallenges_truth_keeps_people_to_consider(tmp_path):
     """Nine columns, as MOT17's gt.txt: flag, class (1 walks, 7 stands, 8 distracts), visibility; ten, as MOT15's."""
-    people = "not people (a truth: column 8 is read as the class, 1 for people)"
+    people, flag = "not people (a truth: column 8 is read as the class, 1 for people)", "not to be considered"
     rows = [(1, 1, 10, 10, 20, 40, 1, 1, 0.8), (1, 2, 30, 10, 20, 40, 0, 1, 1), (1, 3, 50, 10, 20, 40, 1, 7, 1), (1, 4, 70, 10, 20, 40, 0, 8, 1)]
     for name in ("gt.txt", "renamed.txt"):
-        _, _, drop = data.read_tracks(make_tracks(tmp_path / name, rows))
-        assert drop["not to be considered"].tolist() == [False, True, False, True] and drop[people].tolist() == [False, False, True, True]
-    _, _, drop = data.read_tracks(make_tracks(tmp_path / "gt.txt", [(1, 1, 10, 10, 20, 40, 1, 4.2, 3.1, 0), (1, 2, 30, 10, 20, 40, 0, 4.2, 3.1, 0)]))
-    assert drop["not to be considered"].tolist() == [False, True] and not drop[people].any()
-    _, _, drop = data.read_tracks(make_tracks(tmp_path / "boxmot.txt", [(1, 1, 10, 10, 20, 40, 0, 0, -1), (2, 1, 10, 10, 20, 40, 0, 0, -1)]))
-    assert not np.any(list(drop.values()))  # a tracker's nine columns
+        _, _, fate = data.read_tracks(make_tracks(tmp_path / name, rows))
+        assert fate.tolist() == ["", flag, people, flag]
+    _, _, fate = data.read_tracks(make_tracks(tmp_path / "gt.txt", [(1, 1, 10, 10, 20, 40, 1, 4.2, 3.1, 0), (1, 2, 30, 10, 20, 40, 0, 4.2, 3.1, 0)]))
+    assert fate.tolist() == ["", flag]
+    _, _, fate = data.read_tracks(make_tracks(tmp_path / "boxmot.txt", [(1, 1, 10, 10, 20, 40, 0, 0, -1), (2, 1, 10, 10, 20, 40, 0, 0, -1)]))
+    assert not any(fate)  # a tracker's nine columns
 
 
 @pytest.mark.parametrize("text, message", [
@@ -403,7 +427,7 @@ def test_broken_tracks_are_refused(tmp_path, text, message):
 def test_tracks_separated_by_spaces_are_read(tmp_path):
     (tmp_path / "t.txt").write_text("3 1 10 10 20 40 1\n1 1 10 11 20 40 1\n")
     numbers, boxes, _ = data.read_tracks(tmp_path / "t.txt")
-    assert numbers.tolist() == [[3, 1], [1, 1]] and boxes[:, 1].tolist() == [10, 11]
+    assert numbers.tolist() == [[3, 1, 0], [1, 1, 0]] and boxes[:, 1].tolist() == [10, 11]
 
 
 def test_wrong_videos_are_refused_and_leave_nothing(tmp_path):
@@ -459,7 +483,7 @@ def test_a_split_of_motchallenge_at_once(tmp_path, capsys):
     assert capsys.readouterr().out.count("there already, left as it is") == 3
     for name in ("MOT17-02-SDP", "MOT17-04-DPM"):  # a tracker's results, for one of three detectors
         make_tracks(tmp_path / "results" / f"{name}.txt", [(2, 5, 10, 10, 20, 40, 1, -1, -1, -1)])
-    with pytest.raises(ValueError, match="no tracks for 1 of 3 sequences, the first: .*dancetrack0001.txt"):
+    with pytest.raises(ValueError, match="1 of 3 sequences have no tracks, the first: .*dancetrack0001.txt"):
         data.crop_split(tmp_path / "train", tmp_path / "other", tmp_path / "results")
     make_tracks(tmp_path / "results" / "dancetrack0001.txt", [(2, 5, 10, 10, 20, 40, 1, -1, -1, -1)])
     data.crop_split(tmp_path / "train", tmp_path / "other", tmp_path / "results")

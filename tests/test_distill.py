@@ -1,4 +1,5 @@
 """distill.py: views against torchvision, the loss against its definition, centering against direct computation."""
+import dataclasses
 import math
 
 import pytest
@@ -21,7 +22,7 @@ def test_crop_equals_torchvisions(scale):
     images = uint8_images(12)
     views = distill.Views(size=(32, 16), scale=scale)
     drawn = views.draw(12, (64, 32), torch.Generator().manual_seed(0))
-    got = distill.crop_resize(images, drawn, views.size)
+    got = views.crop_resize(images, drawn)
     for i in range(12):
         box = [int(drawn[key][i]) for key in ("top", "left", "height", "width")]
         want = TF.resized_crop(images[i].float() / 255, *box, [32, 16], antialias=True)
@@ -36,13 +37,13 @@ def test_colour_equals_torchvisions(operation, reference, factors):
     images = uint8_images(3).float() / 255
     images[0, :, :4] = 0.5  # grey and black have no hue
     images[1, :, :4] = 0
-    got = distill.ADJUST[operation](images.clone(), torch.tensor(factors)[:, None, None, None])
+    got = distill.adjust(images.clone(), operation, torch.tensor(factors)[:, None, None, None])
     torch.testing.assert_close(got, torch.stack([reference(i, f) for i, f in zip(images, factors)]), atol=2e-4, rtol=0)
 
 
 def test_blur_equals_torchvisions_inside():
     images = uint8_images(2).float() / 255
-    got = distill.blur(images, torch.tensor([0.8, 1.5])[:, None, None, None], 1.5)
+    got = distill.Views(blur_sigma=1.5).blur(images, torch.tensor([0.8, 1.5])[:, None, None, None])
     for i, sigma in enumerate((0.8, 1.5)):
         want = TF.gaussian_blur(images[i], [2 * int(3 * sigma) + 1] * 2, sigma)  # 3 sigma each way
         torch.testing.assert_close(got[i, :, 8:-8, 8:-8], want[:, 8:-8, 8:-8], atol=1e-4, rtol=0)
@@ -135,7 +136,7 @@ def test_jitter_follows_each_images_own_order():
         want.append(image)
     torch.testing.assert_close(kind.render(images, drawn), torch.stack(want), atol=2e-4, rtol=0)
     assert len({tuple(order) for order in drawn["order"][drawn["jitter"]].tolist()}) > 4 and not drawn["jitter"].all()
-    only = distill.jitter(images.float() / 255, drawn, (0.4, 0, 0, 0))  # strength 0 leaves an operation out
+    only = dataclasses.replace(kind, jitter=(0.4, 0, 0, 0)).render(images, drawn)  # strength 0 leaves an operation out
     factor = torch.where(drawn["jitter"], drawn["factors"][:, 0], 1.0)[:, None, None, None]
     torch.testing.assert_close(only, (images.float() / 255 * factor).clamp(0, 1))
 
@@ -202,6 +203,24 @@ def test_loss_crop_by_crop_equals_the_definition_too(K, local_crops):
     for a, b in zip(got, torch.autograd.grad(3 * slow, exact)):
         torch.testing.assert_close(a.double(), b, atol=3e-6, rtol=0)
         assert a.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("local_crops", [0, 8])
+def test_loss_of_single_images_is_dinos(local_crops):
+    """K = 1: the mean over pairs of views u != v of the mean over images of the cross-entropy, as DINO defines it."""
+    z, prototypes, p = units(2 + local_crops)
+    total, pairs = 0, 0
+    for u in range(2):
+        for v in range(2 + local_crops):
+            if u != v:
+                log_q = torch.log_softmax(z[v] @ prototypes.T / 0.1, dim=-1)
+                total, pairs = total + torch.sum(-p[u] * log_q, dim=-1).mean(), pairs + 1
+    dino = torch.autograd.grad(total / pairs, (z, prototypes))
+    by_logits = distill.identity_loss(z @ prototypes.T, 0.04 * p.log(), torch.zeros(12), K=1)  # the softmax gives p back
+    for loss in (distill.matching_loss(z, prototypes, p, K=1), by_logits):
+        assert loss.item() == pytest.approx((total / pairs).item(), abs=1e-12)
+        for got, want in zip(torch.autograd.grad(loss, (z, prototypes)), dino):
+            torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("K", [1, 4])

@@ -1,5 +1,5 @@
 """evaluate.py: the protocol against a sorting definition, known answers, re-ranking against its dense definition, the benchmarks'
-readers on tiny trees of the published layouts, and features on disk."""
+readers on tiny trees of the published layouts, pictures and exported features."""
 import os
 
 import numpy as np
@@ -101,7 +101,7 @@ def test_errors():
     block = lambda *rows: [(0, np.array(rows, np.float32))]
     with pytest.raises(ValueError, match="similarities of 1 queries for 2 ids"):
         evaluate.score(block([1.0, 0.5]), [0, 1], [0, 1], [0, 0], [1, 1])
-    with pytest.raises(ValueError, match="a block of queries 0 to 1 after 0 of 1; expected all, in order"):
+    with pytest.raises(ValueError, match="2 queries from 0 after 0 of 1; expected all, in order"):
         evaluate.score(block([1.0], [0.5]), [0], [0], [0], [1])
     with pytest.raises(ValueError, match="similarities of query 0 are not finite"):
         evaluate.score(block([np.nan, 0.5]), [0], [0, 1], [0], [1, 1])
@@ -114,7 +114,7 @@ def test_errors():
         evaluate.evaluate([[1.0, 0]], [[1.0, 0]], [0], [0, 0], [0], [1, 1])
     with pytest.raises(ValueError, match="gallery: expected one id and one camera for each image"):
         evaluate.evaluate([[1.0, 0]], [[1.0, 0]], [0], [0], [0], [1, 1])
-    with pytest.raises(ValueError, match="gallery features: 1 of 2 rows are not finite, the first: 1"):
+    with pytest.raises(ValueError, match=r"gallery features: 1 of 2 rows are not finite: \[1\]"):
         evaluate.evaluate([[1.0, 0]], [[1.0, 0], [np.nan, 0]], [0], [0, 0], [0], [1, 1])
 
 
@@ -212,7 +212,7 @@ def test_reranking_of_images_that_are_all_alike():
 def test_reranking_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="k1 0, k2 6: expected 1 or more"):
         evaluate.rerank(np.ones((2, 3)), np.ones((4, 3)), k1=0)
-    with pytest.raises(ValueError, match="query features: 1 of 2 rows are not finite, the first: 1"):
+    with pytest.raises(ValueError, match=r"query features: 1 of 2 rows are not finite: \[1\]"):
         evaluate.rerank([[1.0, 0], [np.inf, 0]], np.ones((4, 2)))
 
 
@@ -276,7 +276,7 @@ def test_several_benchmarks_or_junk_alone_are_refused(market):
     for file in (market / "bounding_box_test").iterdir():
         if not file.name.startswith("-1"):
             file.unlink()
-    with pytest.raises(ValueError, match="bounding_box_test: no images but junk"):
+    with pytest.raises(ValueError, match=f"{market}: no images but junk in the gallery"):
         evaluate.read_benchmark(market)
 
 
@@ -288,11 +288,11 @@ def test_files_of_other_kinds_are_passed_over(market):
 
 def test_half_of_market_is_refused(market):
     (market / "query" / "0001_c1s1_001051_00.jpg").rename(market / "query" / "stranger.jpg")
-    with pytest.raises(ValueError, match="query: 1 names without identity and camera .*, the first: stranger.jpg"):
+    with pytest.raises(ValueError, match="query: expected names with identity and camera .*, got stranger.jpg"):
         evaluate.read_benchmark(market)
     for file in (market / "query").iterdir():
         file.unlink()
-    with pytest.raises(ValueError, match="query: no images but junk"):
+    with pytest.raises(ValueError, match=f"{market}: no images but junk in the query"):
         evaluate.read_benchmark(market)
     (market / "query").rmdir()
     with pytest.raises(ValueError, match="has bounding_box_test but no query: half a download"):
@@ -334,7 +334,7 @@ def test_msmt17_in_both_layouts(tmp_path, capsys, train, test, end):
     assert benchmark.ids.tolist() == [0, 1, 0, 0, 1] and benchmark.cams.tolist() == [1, 15, 5, 1, 9]
     assert (root / benchmark.images.path(4)).is_file() and benchmark.images.path(4) == f"{test}/0001/0001_022_09_0302noon_1042_1.jpg"
     os.unlink(root / benchmark.images.path(4))
-    with pytest.raises(ValueError, match="1 of the 3 files that list_gallery.txt names are missing, the first: 0001/0001_022_09_0302noon_1042_1.jpg"):
+    with pytest.raises(ValueError, match=f"1 of 5 files are missing .*{test}/0001/0001_022_09_0302noon_1042_1.jpg"):
         evaluate.read_benchmark(root)
 
 
@@ -342,13 +342,13 @@ def test_lists_of_msmt17_that_are_none(tmp_path):
     write_msmt17(tmp_path, "train", "test")
     with open(tmp_path / "list_query.txt", "a") as file:
         file.write("0001/0001_0\n")
-    with pytest.raises(ValueError, match=r"list_query.txt, line 3: expected a path such as 0000/0000_000_01_0303morning_0015_0.jpg, a space"):
+    with pytest.raises(ValueError, match=r"list_query.txt: expected a path such as 0000/0000_000_01_0303morning_0015_0.jpg, a space, .* got 0001/0001_0$"):
         evaluate.read_benchmark(tmp_path)
     (tmp_path / "list_query.txt").write_text("../../etc/0001_004_15_0302noon_0002_2.jpg 1\n")
-    with pytest.raises(ValueError, match="leaves the folder"):
+    with pytest.raises(ValueError, match="1 of 4 files are missing or leave the folder: .*/etc/0001_004_15"):
         evaluate.read_benchmark(tmp_path)
     (tmp_path / "list_query.txt").unlink()
-    with pytest.raises(ValueError, match="has test, list_gallery.txt but no list_query.txt: half"):
+    with pytest.raises(ValueError, match="has list_gallery.txt but no list_query.txt: half"):
         evaluate.read_benchmark(tmp_path)
 
 
@@ -400,17 +400,17 @@ def test_junk_queries_of_mars_are_left_out_and_broken_images_counted(mars):
 
 def test_half_of_mars_is_refused(mars):
     next((mars / "bbox_test" / "0004").iterdir()).unlink()
-    with pytest.raises(ValueError, match="1 of the 10 files that info/test_name.txt names are missing"):
+    with pytest.raises(ValueError, match="1 of 10 files are missing .*bbox_test/0004/0004C"):
         evaluate.read_benchmark(mars)
     scipy.io.savemat(mars / "info" / "tracks_test_info.mat", {"track_test_info": np.ones((4, 3))})
-    with pytest.raises(ValueError, match=r"tracks_test_info.mat: expected one table of 4 columns of numbers, got \[\(4, 3\)\]"):
+    with pytest.raises(ValueError, match=r"tracks_test_info.mat: expected a .mat file with one table of numbers in 4 columns; .*size 12"):
         evaluate.read_benchmark(mars)
     scipy.io.savemat(mars / "info" / "tracks_test_info.mat", {"track_test_info": np.array([[1, 1, 2, 1]] * 7)})
     scipy.io.savemat(mars / "info" / "query_IDX.mat", {"query_IDX": np.array([[3, 8]])})
     with pytest.raises(ValueError, match="query_IDX.mat: expected numbers from 1 to 7"):
         evaluate.read_benchmark(mars)
     (mars / "info" / "query_IDX.mat").write_bytes(b"MATLAB 5.0 MAT-file, but not really")
-    with pytest.raises(ValueError, match="query_IDX.mat: cannot be read as a .mat file"):
+    with pytest.raises(ValueError, match="query_IDX.mat: expected a .mat file with one table"):
         evaluate.read_benchmark(mars)
     (mars / "info" / "test_name.txt").write_text("0002C1T0001F001.jpg\n")
     (mars / "info" / "query_IDX.mat").unlink()
@@ -418,7 +418,7 @@ def test_half_of_mars_is_refused(mars):
         evaluate.read_benchmark(mars)
 
 
-# ---------------------------------------------------------------- features, pictures, files
+# ---------------------------------------------------------------- pictures, files
 
 
 def test_tracklets_with_a_test_folder_alone(walkers, tmp_path, capsys):
@@ -432,99 +432,13 @@ def test_tracklets_with_a_test_folder_alone(walkers, tmp_path, capsys):
     assert benchmark.ids.tolist() == evaluate.read_benchmark(walkers, say=lambda text: None).ids.tolist()
 
 
-def test_frame_keeps_the_picture_inside():
-    image = torch.rand(3, 20, 10)
-    framed = data.framed(image, (1.0, 0.0, 0.0))
-    assert framed.shape == image.shape and torch.equal(framed[:, 3:-3, 3:-3], image[:, 3:-3, 3:-3])
-    assert framed[:, 0, 5].tolist() == [1, 0, 0]
-
-
 class Colours(torch.nn.Module):
-    """A network that answers the mean colour; it counts its images, and may break down after some."""
+    """A network that answers the mean colour."""
 
     embed_dim = 3
 
-    def __init__(self, breaks_after=10**9, gain=1.0):
-        super().__init__()
-        self.gain, self.seen, self.breaks_after = torch.nn.Parameter(torch.tensor(gain)), 0, breaks_after
-
     def forward(self, x):
-        self.seen += len(x)
-        if self.seen > self.breaks_after:
-            raise KeyboardInterrupt
-        return self.gain * x.mean((2, 3)) + 5
-
-
-def test_features_on_disk_go_on_where_they_were_and_are_not_computed_twice(walkers, tmp_path):
-    t = data.read_tracklets(walkers / "test")
-    arguments = t, (32, 16), torch.device("cpu")
-    want, _ = model.extract(Colours(), *arguments)
-    options = dict(batch=16, save_every=0)
-    with pytest.raises(KeyboardInterrupt):
-        model.extract_to_file(tmp_path, Colours(breaks_after=50), *arguments, **options)
-    assert not list(tmp_path.glob("features-*.npy"))  # nothing that looks finished
-    network = Colours()
-    got = model.extract_to_file(tmp_path, network, *arguments, **options)
-    assert network.seen == len(t) - 48  # three blocks were there
-    assert got.dtype == np.float16 and np.abs(got - want.numpy()).max() < 1e-3
-    again = Colours()
-    assert (model.extract_to_file(tmp_path, again, *arguments, **options) == got).all() and again.seen == 0
-    other = Colours(gain=2.0)
-    model.extract_to_file(tmp_path, other, *arguments, **options)
-    assert other.seen == len(t) and len(list(tmp_path.iterdir())) == 2  # other weights, another file
-
-
-def test_any_number_of_batches_gives_the_same_features(walkers):
-    t = data.read_tracklets(walkers / "test")
-    want, readable = model.extract(Colours(), t, (32, 16), torch.device("cpu"))
-    assert readable.all()
-    for batch in (1, 7, 10**6):
-        torch.testing.assert_close(model.extract(Colours(), t, (32, 16), torch.device("cpu"), batch=batch)[0], want)
-
-
-def test_a_feature_is_the_networks_answer_to_the_normalised_image_alone(market):
-    """Known pixels through ImageNet's mean and deviation, in the size asked for; batch norm in evaluation mode."""
-
-    class Recorder(Colours):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.sizes = torch.nn.BatchNorm1d(3), set()
-
-        def forward(self, x):
-            self.sizes.add(x.shape[2:])
-            return self.norm(x.mean((2, 3)))
-
-    write_image(market / "query" / MARKET["query"][0], (250, 20, 90))
-    benchmark, network = evaluate.read_benchmark(market, say=lambda text: None), Recorder()
-    features, _ = model.extract(network, benchmark.images, (24, 12), torch.device("cpu"))
-    colour = read_image(str(market / "query" / MARKET["query"][0])).float().mean((1, 2)) / 255
-    want = (colour - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
-    torch.testing.assert_close(features[0], torch.nn.functional.normalize(want, dim=0), atol=1e-3, rtol=1e-3)
-    assert network.sizes == {(24, 12)}
-
-
-def test_an_items_images_are_never_split_between_batches(walkers):
-    t = data.read_tracklets(walkers / "test")
-    item, seen = t.track, []
-    network = Colours()
-    network.register_forward_hook(lambda _, x, y: seen.append(len(x[0])))
-    features, _ = model.extract(network, t, (32, 16), torch.device("cpu"), batch=20, item=item)
-    ends, sizes = np.cumsum(seen), np.bincount(item)
-    assert ends[-1] == len(t) and set(ends) <= set(np.cumsum(sizes)) and max(seen) < 20 + sizes.max()
-    assert len(features) == item.max() + 1
-
-
-def test_flipping_makes_an_image_and_its_mirror_image_alike(monkeypatch):
-    class Left(Colours):
-        def forward(self, x):
-            return super().forward(x[..., : x.shape[3] // 2])
-
-    images = torch.randint(0, 256, (2, 3, 8, 4), dtype=torch.uint8)
-    images[1] = images[0].flip(2)
-    monkeypatch.setattr(evaluate, "load_batches", lambda *_: [(images, torch.ones(2, dtype=torch.bool))])
-    plain, flipped = (next(model.embed(Left(), None, [np.arange(2)], None, "cpu", flip=flip))[1] for flip in (False, True))
-    assert (plain[0] - plain[1]).abs().max() > 1e-3
-    torch.testing.assert_close(flipped[0], flipped[1])
+        return x.mean((2, 3)) + 5
 
 
 def test_ranked_lists_leave_out_what_the_protocol_leaves_out(market, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import distill
 import train
 
 
@@ -49,28 +50,32 @@ def test_every_setting_has_a_line_of_help(capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--arch", "resnet"], "unknown arch 'resnet'; known: r10ibn"),
-    (["--batch", "30", "--K", "4", "--epochs", "1"], "--batch 30 is not divisible by K=4"),
-    (["--accumulate", "3"], "--batch 32 in 3 parts is not divisible"),
-    (["--accumulate", "0"], "expected a number above 0"),
+    (["--batch", "30", "--K", "4", "--epochs", "1"], "--batch 30 over 1 processes in 1 parts is not a multiple of K=4"),
+    (["--accumulate", "3"], "--batch 64 over 1 processes in 3 parts is not a multiple"),
+    (["--accumulate", "0"], "expected numbers above 0"),
     (["--precision", "half"], "expected auto, float32, bfloat16 or float16"),
     (["--K", "2", "4", "--epochs", "1"], r"2 phases and --epochs \(1,\) 1"),
-    (["--K", "0", "--epochs", "1"], "expected K of 1"),
+    (["--K", "0", "--epochs", "1"], r"--K \(0,\): expected numbers above 0"),
+    (["--identities", "all"], "expected instance, tracklet, cion or true"),
+    (["--identities", "true", "--labels", __file__], "goes without --labels"),
+    (["--levels", "4"], "expected 1, 2 or 3"),
+    (["--rounds", "0"], "expected numbers above 0"),
     (["--recipe", "quick"], "expected paper or demo"),
     (["--centering", "none"], "expected ema or sinkhorn"),
     (["--sigma", "3"], r"lies in \[0, 2\]"),
     (["--tau", "nan"], r"lies in \[0, 2\]"),
-    (["--ratio", "0.6", "0.4"], "--ratio 0.6 0.4: expected two numbers above 0, the smaller first"),
+    (["--ratio", "0.6", "0.4"], r"--ratio \(0.6, 0.4\): expected two numbers above 0, the smaller first"),
     (["--local_scale", "0.05", "1.5"], "at most 1"),
     (["--window", "8"], "ranges must overlap"),
-    (["--teacher_temp", "0.04", "0"], "expected a number above 0"),
-    (["--save_every", "0"], "expected a number above 0"),
+    (["--teacher_temp", "0.04", "0"], "expected numbers above 0"),
+    (["--save_every", "0"], "expected numbers above 0"),
     (["--warmup", "1"], "expected a share of the steps"),
-    (["--lr", "-1"], "--lr -1.0: expected a number of 0 or more"),
+    (["--lr", "-1"], "--lr -1.0: expected numbers of 0 or more"),
     (["--name", "../elsewhere"], "not a path"),
     (["--canvas", "16", "16"], "smaller than --size"),
-    (["--local_size", "16", "8"], "need at least 32 16"),
-    (["--weights", "nothing.pt"], "nothing.pt: no such file"),
-    (["--labels", "nothing.json"], "nothing.json: no such file"),
+    (["--local_size", "16", "8"], "at least 32 16, which the networks need"),
+    (["--weights", "nothing.pt"], "nothing.pt: expected a file"),
+    (["--labels", "nothing.json"], "nothing.json: expected a file"),
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
@@ -103,26 +108,31 @@ def test_the_readmes_commands_can_split_their_batches():
         processes = math.prod(int(n) for n in re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", launcher))
         for more in ([], ["--accumulate", "5"]) if processes > 1 else ([],):
             s = train.parse_settings(flags.split() + more)
-            assert all(s.batch % (processes * s.accumulate * K) == 0 for K in s.K + s.tracklet_K), (launcher, flags, more)
+            assert all(s.batch % (processes * s.accumulate * K) == 0 for K in s.K), (launcher, flags, more)
 
 
-def test_steps_are_counted_over_all_phases():
-    labels = np.repeat(np.arange(10), 6)  # K=2: 3 groups an identity, K=4: 1, K=6: 1
-    s = train.Settings(batch=12)
-    assert train.plan_epochs(labels, s, (2, 4, 6), (2, 1, 1)) == [(2, 5), (2, 5), (4, 3), (6, 5)]
+def test_identities_are_found_evenly_over_stage_2():
+    s = train.Settings(K=(2, 4), epochs=(2, 4), tracklet_epochs=1, rounds=3)
+    assert train.plan_epochs(s) == ([2, 2, 2, 4, 4, 4, 4], {1: "tracklet", 3: "round 1", 5: "round 2"})
+    assert train.plan_epochs(dataclasses.replace(s, rounds=1))[1] == {1: "tracklet"}
+    assert train.plan_epochs(dataclasses.replace(s, weights="file", rounds=2)) == ([2, 2, 4, 4, 4, 4], {0: "weights", 3: "round 1"})
+    assert train.plan_epochs(dataclasses.replace(s, labels="file")) == ([2, 2, 4, 4, 4, 4], {})
+    for who in ("instance", "tracklet", "true"):  # the same number of epochs
+        Ks, finds = train.plan_epochs(dataclasses.replace(s, identities=who))
+        assert len(Ks) == 7 and not finds
 
 
 def test_gradients_are_clipped_one_parameter_at_a_time():
     network = torch.nn.Linear(2, 2)
     network.weight.grad, network.bias.grad = torch.tensor([[3.0, 0], [0, 4]]), torch.tensor([0.3, 0.4])
-    torch.testing.assert_close(train.clip_gradients(network, 2.5), torch.tensor([5.0, 0.5]))
+    torch.testing.assert_close(distill.clip_gradients(network, 2.5), torch.tensor([5.0, 0.5]))
     torch.testing.assert_close(network.weight.grad, torch.tensor([[1.5, 0], [0, 2]]), atol=1e-5, rtol=0)
     torch.testing.assert_close(network.bias.grad, torch.tensor([0.3, 0.4]))
 
 
 def test_precision_is_what_was_asked_for():
     cpu = torch.device("cpu")
-    assert [train.choose_precision(name, cpu) for name in ("auto", "bfloat16", "float16")] == [torch.float32, torch.bfloat16, torch.float16]
+    assert [distill.choose_precision(name, cpu) for name in ("auto", "bfloat16", "float16")] == [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_not_read(tmp_path):
@@ -155,14 +165,14 @@ def run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_step_does_what_its_schedule_says(run, frozen):
-    optimizer, now = train.make_optimizer(run.student), train.Schedule(lr=1e-3, weight_decay=0.5, ema=0.9, teacher_temp=0.04)
+    optimizer, now = run.distillation.make_optimizer(), train.Schedule(lr=1e-3, weight_decay=0.5, ema=0.9, teacher_temp=0.04)
     decaying, others = (group["params"] for group in optimizer.param_groups)
     assert {p.ndim for p in others} == {1} and min(p.ndim for p in decaying) == 2
     assert len(decaying) + len(others) == len(list(run.student.parameters()))
     before = {name: p.detach().clone() for name, p in run.student.named_parameters()}
     images = torch.randint(0, 256, (8, 3, 32, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    loss, p = train.train_step(run, run.student, optimizer, images, 2, 0, now, frozen)
-    assert torch.isfinite(loss) and p.shape == (2, 8, 16) and run.finite == 1
+    loss, p = run.distillation.step(run.student, optimizer, images, train.view_kinds(run.settings), 2, (0, 0, 0), now, frozen)
+    assert torch.isfinite(loss) and p.shape == (2, 8, 16) and run.distillation.finite == 1
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-3, 0.5), (1e-3, 0.0)]
     for name, old in before.items():
         new, teacher = run.student.get_parameter(name).detach(), run.teacher.get_parameter(name)
@@ -178,11 +188,11 @@ def test_a_step_does_what_its_schedule_says(run, frozen):
 
 def test_what_is_not_finite_is_noticed_and_a_scale_that_never_stops_falling_too(run, monkeypatch):
     run.check_finite()
-    run.finite *= torch.isfinite(torch.tensor(math.nan))
+    run.distillation.finite *= torch.isfinite(torch.tensor(math.nan))
     with pytest.raises(FloatingPointError, match="last good state"):
         run.check_finite()
-    run.finite.fill_(1)
-    monkeypatch.setattr(run.scaler, "get_scale", lambda: 2.0**-3)
+    run.distillation.finite.fill_(1)
+    monkeypatch.setattr(run.distillation.scaler, "get_scale", lambda: 2.0**-3)
     with pytest.raises(FloatingPointError):
         run.check_finite()
 
@@ -194,7 +204,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 from torch import nn
-import data, train
+import data, distill, train
 
 torch.set_num_threads(1)
 
@@ -222,15 +232,15 @@ FIVE_STEPS = "--recipe demo --arch small --size 32 16 --local_size 32 16 --canva
 DIE = """
 steps = 0
 
-def step(*args, of=train.train_step):
+def step(*args, of=distill.Distillation.step, **kwargs):
     global steps
     steps += 1
     if steps == 4 and {when}:
         {before}
         os.kill(os.getpid(), signal.SIGKILL)
-    return of(*args)
+    return of(*args, **kwargs)
 
-train.train_step = step
+distill.Distillation.step = step
 """
 
 
@@ -249,7 +259,7 @@ def outcome(run):
     """Losses of all steps, and the student's and teacher's weights at the end."""
     losses = [e["loss"] for e in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if e["event"] == "train"]
     state = torch.load(run / "last.pt", weights_only=True)
-    assert state["stage"] == "done"
+    assert "cion" in state["results"]
     return losses, {f"{part}.{name}": value for part in ("student", "teacher") for name, value in state[part].items()}
 
 
@@ -315,8 +325,8 @@ def test_another_seed_changes_everything(five, walkers, tmp_path):
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_goes_the_same_way(precision, five, walkers, tmp_path):
     """One code path: autocast, and for float16 the scaler, whose gradients are clipped unscaled: with the norms of float32."""
-    tell = "def clip(*args, of=train.clip_gradients):\n    norms = of(*args)\n    print('largest norm', norms.max().item())\n    return norms\n" \
-           "train.clip_gradients = clip\ntorch.amp.GradScaler.__init__.__defaults__ = ('cuda', 8.0, *torch.amp.GradScaler.__init__.__defaults__[2:])"  # fmt: skip
+    tell = "def clip(*args, of=distill.clip_gradients):\n    norms = of(*args)\n    print('largest norm', norms.max().item())\n    return norms\n" \
+           "distill.clip_gradients = clip\ntorch.amp.GradScaler.__init__.__defaults__ = ('cuda', 8.0, *torch.amp.GradScaler.__init__.__defaults__[2:])"  # fmt: skip
     norms, results = [], []
     for name in ("float32", precision):
         output, run = drive(tmp_path / name, walkers, "--precision", name, "--centering", "ema", more=tell)
@@ -395,7 +405,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 if kind == "step":
-    train.train_step = counting(lambda *args, last, of=train.train_step: die() if last else of(*args))
+    distill.Distillation.step = counting(lambda *args, last, of=distill.Distillation.step, **kwargs: die() if last else of(*args, **kwargs))
 if kind == "writing":  # half of a checkpoint is on the disk
     def save(state, file, last, of=torch.save):
         of(state, file)

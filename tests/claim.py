@@ -1,0 +1,216 @@
+"""The paper's claim in miniature: single images < single-video tracklets < identities across videos (its figure 1).
+
+    python tests/claim.py              # every run that docs/claim.jsonl does not hold yet, two at a time; goes on where it was stopped
+    python tests/claim.py r10ibn       # of these, the runs whose command has this word
+    python tests/claim.py --list       # the commands
+    python tests/claim.py --tables     # print the tables of README.md and docs/claim.md anew, from docs/claim.jsonl
+
+A seed draws a world of its own (the people and videos to learn from and the held-out ones) and everything random in training.
+The settings and the walkers' difficulty were chosen on seeds 0 and 11; the tables are of seeds 1 to 5. Every run is one command, and every run is in
+the file.
+"""
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+FILE = ROOT / "docs" / "claim.jsonl"
+PAGES = ROOT / "README.md", ROOT / "docs" / "claim.md"
+SEEDS = {"r10ibn": (1, 2, 3, 4, 5), "r18ibn": (1, 2, 3), "vit_tiny": (1, 2, 3)}
+WHO = ("instance", "tracklet", "cion", "true")
+SHARES = {"10%": (10, 5), "30%": (30, 14)}  # of 100 people in 48 videos
+
+
+def command(arch: str, seed: int, flags: str = "") -> str:
+    """The command of one run."""
+    return f"torchrun train.py --arch {arch} --seed {seed} {flags}".strip()
+
+
+def claim(arch: str, who: str) -> str:
+    """The flags of a row of the claim's table."""
+    return "" if who == "cion" else f"--identities {who}"
+
+
+def fewer(share: str, seed: int) -> str:
+    """The flags of a run on a smaller world, which `run` draws."""
+    return f"--data data/walkers-{seed}-{share.rstrip('%')} --recipe demo"
+
+
+LEVELS = {"raw tracklets": "--identities tracklet", "level 1, single tracklet": "--levels 1", "level 2, single video": "--levels 2",
+          "level 3, across videos": ""}  # fmt: skip
+GROWTH = {"2": "--K 2 2", "4": "--K 4 4", "8": "--K 8 8", "2, then 4 (default)": ""}
+ROUNDS = {"1": "--rounds 1", "2": "--rounds 2", "3 (default)": ""}
+
+
+def commands() -> list[str]:
+    """Every run, those of the main table first."""
+    runs = [command(arch, seed, claim(arch, who)) for arch, seeds in SEEDS.items() for seed in seeds for who in WHO]
+    for flags in (*LEVELS.values(), *GROWTH.values(), *ROUNDS.values()):
+        runs += [command("r10ibn", seed, flags) for seed in (1, 2, 3)]
+    runs += [command("r10ibn", seed, fewer(share, seed)) for share in SHARES for seed in (1, 2, 3)]
+    return list(dict.fromkeys(runs))
+
+
+def histogram(root: Path) -> dict:
+    """The held-out split ranked by colour: square roots of the RGB histograms (8 bins a channel) of six stripes."""
+    import torch
+
+    from data import Images, read_labels, read_tracklets
+    from evaluate import evaluate_features, label_tracklets
+
+    test = read_tracklets(root / "test")
+    images = Images(test, (64, 32))
+    pixels, features = np.stack([images[i][0].numpy() for i in range(len(test))]), []  # (N, 3, 64, 32)
+    for stripe in np.array_split(pixels // 32, 6, axis=2):
+        features += [np.sqrt((stripe == level).mean((2, 3))) for level in range(8)]  # (N, 3) each
+    features = torch.from_numpy(np.concatenate(features, 1)).float()
+    result = evaluate_features(features / features.norm(dim=1, keepdim=True), label_tracklets(test, read_labels(root / "test.json", test)))
+    return {"mAP": result["mAP"], "R1": result["R1"]}
+
+
+def run(line: str) -> None:
+    """Make one run, or go on with it, and append its figures to the file."""
+    seed, data = int(re.search(r"--seed (\d+)", line)[1]), re.search(r"--data (\S+)", line)
+    if data and not (ROOT / data[1]).exists():
+        from data import draw_walkers
+
+        people, videos = SHARES[data[1].rsplit("-", 1)[1] + "%"]
+        draw_walkers(ROOT / data[1], seed, people, videos)
+    name = re.sub(r"[^\w.]+", "-", line.removeprefix("torchrun train.py --arch "))
+    folder, arguments = ROOT / "runs" / "claim" / name, line.split()[2:]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".log"), "a") as log:
+        subprocess.run([sys.executable, "train.py", *arguments, "--name", f"claim-{name}", "--workers", "0"], cwd=ROOT, check=True,
+                       stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    events = [json.loads(event) for event in open(ROOT / "runs" / f"claim-{name}" / "log.jsonl")]
+    found = [event for event in events if event["event"] == "denoise"]
+    scores = {event["stage"]: {"mAP": event["mAP"], "R1": event["R1"]} for event in events if event["event"] == "evaluate"}
+    result = {"command": line, **scores, "histogram": histogram(ROOT / (data[1] if data else f"data/walkers-{seed}"))}
+    result |= {"f1_tracklets": found[-1]["f1_tracklets"], "f1": [event["f1"] for event in found], "identities": found[-1]["identities"]} if found else {}
+    with open(FILE, "a") as file:
+        file.write(json.dumps(result) + "\n")
+    print(f"{line}: " + ", ".join(f"{stage} {score['mAP']:.1%}" for stage, score in scores.items()), flush=True)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def results() -> dict[str, dict]:
+    """What the file holds, by command."""
+    return {line["command"]: line for line in map(json.loads, FILE.read_text().splitlines())} if FILE.exists() else {}
+
+
+def last(line: dict) -> dict:
+    """The figures of a run's end."""
+    return next(line[who] for who in reversed(WHO) if who in line and (who != "tracklet" or "cion" not in line))
+
+
+def spread(values) -> str:
+    """Mean and standard deviation, in percent."""
+    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{100 * values[0]:.1f}"
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def of_seeds(known: dict, arch: str, seeds, flags) -> list[dict]:
+    """The runs of a row that are there, one a seed; flags may be a function of the seed."""
+    lines = [command(arch, seed, flags(seed) if callable(flags) else flags) for seed in seeds]
+    return [known[line] for line in lines if line in known]
+
+
+def claim_table(known: dict) -> str:
+    """Who taught whom: mAP and R1 on held-out people, mean and standard deviation over seeds."""
+    rows = []
+    for arch, seeds in SEEDS.items():
+        any_run = of_seeds(known, arch, seeds, claim(arch, "cion"))
+        pictures = {"random weights": "random", "colour histograms": "histogram"}
+        for name, runs, key in [(name, any_run, key) for name, key in pictures.items()] + [(f"`{who}`", of_seeds(known, arch, seeds, claim(arch, who)), None) for who in WHO]:
+            if runs:
+                scores = [run[key] if key else last(run) for run in runs]
+                rows.append([f"`{arch}`", name, spread([s["mAP"] for s in scores]), spread([s["R1"] for s in scores]), len(runs)])
+    return table(["network", "who teaches whom", "mAP", "R1", "seeds"], rows)
+
+
+def gap_table(known: dict) -> str:
+    """The steps between the rows, each over the seeds that both have."""
+    rows = []
+    for arch, seeds in SEEDS.items():
+        scores = {who: {seed: last(run[0])["mAP"] for seed in seeds if (run := of_seeds(known, arch, [seed], claim(arch, who)))} for who in WHO}
+        for low, high in zip(WHO, WHO[1:]):
+            both = [scores[high][seed] - scores[low][seed] for seed in seeds if seed in scores[low] and seed in scores[high]]
+            if len(both) > 1:
+                error = np.std(both, ddof=1) / np.sqrt(len(both))
+                rows.append([f"`{arch}`", f"`{low}` to `{high}`", f"{100 * np.mean(both):+.1f}", f"{100 * error:.1f}", f"{np.mean(both) / error:.1f}", len(both)])
+        full = [seed for seed in seeds if all(seed in scores[who] for who in WHO)]
+        if full:
+            tracklet, cion, true = (np.mean([scores[who][seed] for seed in full]) for who in WHO[1:])
+            rows.append([f"`{arch}`", "closed of the gap from `tracklet` to `true`", f"{(cion - tracklet) / (true - tracklet):.0%}", "", "", len(full)])
+    return table(["network", "step", "mAP", "standard error", "in standard errors", "seeds"], rows)
+
+
+def small_table(known: dict, what: str, choices: dict) -> str:
+    """One choice after the other, `r10ibn`: pairwise F1 of the labels that training ended with, and mAP."""
+    rows = []
+    for name, flags in choices.items():
+        runs = of_seeds(known, "r10ibn", (1, 2, 3), flags)
+        if runs:
+            f1 = [run["f1"][-1] for run in runs if "f1" in run]
+            rows.append([name, f"{np.mean(f1):.3f}" if f1 else "", *(spread([last(run)[key] for run in runs]) for key in ("mAP", "R1")), len(runs)])
+    return table([what, "F1 of the labels", "mAP", "R1", "seeds"], rows)
+
+
+def row_commands() -> str:
+    """The command of every row; a row's runs differ in the seed."""
+    rows = [(arch, claim(arch, who)) for arch in SEEDS for who in WHO] + [("r10ibn", flags) for flags in (*LEVELS.values(), *GROWTH.values(), *ROUNDS.values())]
+    lines = [f"    for seed in {' '.join(map(str, SEEDS[arch]))}; do {command(arch, 0, flags).replace('--seed 0', '--seed $seed')}; done" for arch, flags in rows]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def blocks(known: dict) -> dict[str, str]:
+    """Every table by its name."""
+    shares = {share: (lambda seed, share=share: fewer(share, seed)) for share in SHARES} | {"100%": ""}
+    return {"claim": claim_table(known), "gaps": gap_table(known), "levels": small_table(known, "identities of stage 2", LEVELS),
+            "growth": small_table(known, "K, phase by phase", GROWTH), "shares": small_table(known, "people and videos", shares),
+            "rounds": small_table(known, "rounds of denoising", ROUNDS), "commands": row_commands()}  # fmt: skip
+
+
+def fill(text: str, known: dict) -> str:
+    """A page with its tables printed anew, each between <!-- its name --> and <!-- end -->."""
+    for name, block in blocks(known).items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda match: f"{match[1]}\n{block}\n\n{match[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    """Make the runs that are not there yet, or print the tables."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("words", nargs="*", help="only runs whose command has one of these words")
+    parser.add_argument("--list", action="store_true", help="print the commands")
+    parser.add_argument("--tables", action="store_true", help="print the tables into README.md and docs/claim.md")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
+    args = parser.parse_args()
+    wanted = [line for line in commands() if not args.words or any(word in line for word in args.words)]
+    if args.list:
+        return print("\n".join(wanted))
+    if args.tables:
+        for page in PAGES:
+            page.write_text(fill(page.read_text(), results()))
+        return None
+    known = results()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(run, [line for line in wanted if line not in known]))
+
+
+if __name__ == "__main__":
+    main()
