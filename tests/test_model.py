@@ -1,12 +1,15 @@
-"""model.py: published sizes, names, and weights from elsewhere."""
+"""model.py: published sizes, names, weights from elsewhere, and features in memory and on disk."""
 import argparse
 import hashlib
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from torchvision.io import encode_jpeg, read_image
 
+import data
 import distill
 import model
 
@@ -113,7 +116,8 @@ def test_imagenet_weights_of_volo_load_with_their_positions_resized(tmp_path):
     network = model.build("timm/volo_d1_224")
     report = model.load_weights(network, tmp_path / "volo.pth")
     assert not report["missing"] and report["left_over"] == ["aux_head.weight", "aux_head.bias", "head.weight", "head.bias"]
-    torch.testing.assert_close(network._parameters["pos_embed"], model.resize_grid(source.pos_embed, (16, 8)))
+    resized = torch.nn.functional.interpolate(source.pos_embed.permute(0, 3, 1, 2), size=(16, 8), mode="bicubic").permute(0, 2, 3, 1)
+    torch.testing.assert_close(network._parameters["pos_embed"], resized)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilenetv3_small_050"])
@@ -176,17 +180,21 @@ def test_names_and_shapes_are_those_of_the_released_weights(arch, digest):
     assert hashlib.sha256(repr(sorted(state.items())).encode()).hexdigest()[:16] == digest
 
 
-def test_attention_is_the_textbook_formula():
-    attention = model.Attention(12, heads=3)
+def test_a_transformer_block_is_the_textbook_formula():
+    block = model.Block(12, heads=3)
     x = torch.randn(2, 5, 12)
-    q, k, v = attention.qkv(x).chunk(3, dim=-1)
+    q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)
     heads = [torch.softmax(q[..., h] @ k[..., h].mT / 2, -1) @ v[..., h] for h in (slice(0, 4), slice(4, 8), slice(8, 12))]
-    torch.testing.assert_close(attention(x), attention.proj(torch.cat(heads, -1)))
+    attended = x + block.attn.proj(torch.cat(heads, -1))
+    perceptron = block.mlp.fc2(torch.nn.functional.gelu(block.mlp.fc1(block.norm2(attended))))
+    torch.testing.assert_close(block(x), attended + perceptron)
 
 
 def test_position_embeddings_are_used_as_they_are_at_the_papers_size():
     vit = model.build("vit_tiny")
-    assert vit.positions(16, 8) is vit.pos_embed and vit.positions(4, 2).shape == (1, 9, 192)
+    assert model.resize_positions(vit.pos_embed, vit.grid, (16, 8)) is vit.pos_embed
+    smaller = model.resize_positions(vit.pos_embed, vit.grid, (4, 2))
+    assert smaller.shape == (1, 9, 192) and torch.equal(smaller[:, 0], vit.pos_embed[:, 0])
 
 
 def test_head_is_a_cosine():
@@ -261,9 +269,9 @@ def test_files_that_carry_code_are_not_run(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as weights"):
         model.load_weights(model.build("r10ibn"), tmp_path / "weights.pth")
     assert not (tmp_path / "owned").exists()
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="No such file"):
         model.load_weights(model.build("r10ibn"), tmp_path / "nothing.pth")
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match="Is a directory"):
         model.load_weights(model.build("r10ibn"), tmp_path)
 
 
@@ -345,6 +353,119 @@ def test_safetensors_load(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="cannot be read as weights"):
         model.load_weights(model.build("r10ibn"), tmp_path / "broken.safetensors")
+
+
+class Colours(torch.nn.Module):
+    """A network that answers the mean colour; it counts its images, and may break down after some."""
+
+    embed_dim = 3
+
+    def __init__(self, breaks_after=10**9, gain=1.0):
+        super().__init__()
+        self.gain, self.seen, self.breaks_after = torch.nn.Parameter(torch.tensor(gain)), 0, breaks_after
+
+    def forward(self, x):
+        self.seen += len(x)
+        if self.seen > self.breaks_after:
+            raise KeyboardInterrupt
+        return self.gain * x.mean((2, 3)) + 5
+
+
+@pytest.fixture
+def crops(tmp_path):
+    """Tracklets of 3, 1 and 2 images, each of a colour of its own."""
+    for i, (track, frame) in enumerate([(1, 1), (1, 2), (1, 3), (2, 1), (3, 1), (3, 2)]):
+        file = tmp_path / "crops" / "video" / f"{track:06d}_{frame:07d}_00.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image = torch.tensor((250 - 40 * i, 20, 15 * i), dtype=torch.uint8)[:, None, None].expand(3, 16, 8).contiguous()
+        file.write_bytes(encode_jpeg(image, quality=95).numpy().tobytes())
+    return data.read_tracklets(tmp_path / "crops")
+
+
+def test_features_on_disk_go_on_where_they_were_and_are_not_computed_twice(walkers, tmp_path):
+    t = data.read_tracklets(walkers / "test")
+    arguments = t, (32, 16), torch.device("cpu")
+    want, _ = model.extract(Colours(), *arguments)
+    options = dict(batch=16, save_every=0)
+    with pytest.raises(KeyboardInterrupt):
+        model.extract_to_file(tmp_path, Colours(breaks_after=50), *arguments, **options)
+    assert not list(tmp_path.glob("features-*.npy"))  # nothing that looks finished
+    network = Colours()
+    got = model.extract_to_file(tmp_path, network, *arguments, **options)
+    assert network.seen == len(t) - 48  # three blocks were there
+    assert got.dtype == np.float16 and np.abs(got - want.numpy()).max() < 1e-3
+    again = Colours()
+    assert (model.extract_to_file(tmp_path, again, *arguments, **options) == got).all() and again.seen == 0
+    other = Colours(gain=2.0)
+    model.extract_to_file(tmp_path, other, *arguments, **options)
+    assert other.seen == len(t) and len(list(tmp_path.iterdir())) == 2  # other weights, another file
+
+
+def test_any_number_of_batches_gives_the_same_features(walkers):
+    t = data.read_tracklets(walkers / "test")
+    want, readable = model.extract(Colours(), t, (32, 16), torch.device("cpu"))
+    assert readable.all()
+    for batch in (1, 7, 10**6):
+        torch.testing.assert_close(model.extract(Colours(), t, (32, 16), torch.device("cpu"), batch=batch)[0], want)
+
+
+def test_a_feature_is_the_networks_answer_to_the_normalised_image_alone(crops):
+    """Known pixels through ImageNet's mean and deviation, in the size asked for; batch norm in evaluation mode."""
+
+    class Recorder(Colours):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.sizes = torch.nn.BatchNorm1d(3), set()
+
+        def forward(self, x):
+            self.sizes.add(x.shape[2:])
+            return self.norm(x.mean((2, 3)))
+
+    network = Recorder()
+    features, _ = model.extract(network, crops, (24, 12), torch.device("cpu"))
+    colour = read_image(str(crops.root / crops.path(0))).float().mean((1, 2)) / 255
+    want = (colour - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(features[0], torch.nn.functional.normalize(want, dim=0), atol=1e-3, rtol=1e-3)
+    assert network.sizes == {(24, 12)}
+
+
+def test_an_items_feature_is_the_mean_of_its_images_without_the_unreadable(crops):
+    item = crops.track - crops.track.min()
+    single, _ = model.extract(Colours(), crops, (16, 8), torch.device("cpu"), batch=4)
+    features, readable = model.extract(Colours(), crops, (16, 8), torch.device("cpu"), batch=4, item=item)
+    for i, rows in enumerate((slice(0, 3), slice(3, 4), slice(4, 6))):
+        torch.testing.assert_close(features[i], torch.nn.functional.normalize(single[rows].mean(0), dim=0))
+    assert features.shape == (3, 3) and readable.all()
+    (crops.root / crops.path(1)).write_bytes(b"")
+    features, readable = model.extract(Colours(), crops, (16, 8), torch.device("cpu"), item=item)
+    assert readable.tolist() == [True, False] + [True] * 4
+    torch.testing.assert_close(features[0], torch.nn.functional.normalize(single[[0, 2]].mean(0), dim=0))
+    features, _ = model.extract(Colours(), crops, (16, 8), torch.device("cpu"))
+    assert not features[1].any() and features[[0, 2, 3, 4, 5]].any(1).all()
+
+
+def test_an_items_images_are_never_split_between_batches(walkers):
+    t = data.read_tracklets(walkers / "test")
+    item, seen = t.track, []
+    network = Colours()
+    network.register_forward_hook(lambda _, x, y: seen.append(len(x[0])))
+    features, _ = model.extract(network, t, (32, 16), torch.device("cpu"), batch=20, item=item)
+    ends, sizes = np.cumsum(seen), np.bincount(item)
+    assert ends[-1] == len(t) and set(ends) <= set(np.cumsum(sizes)) and max(seen) < 20 + sizes.max()
+    assert len(features) == item.max() + 1
+
+
+def test_flipping_makes_an_image_and_its_mirror_image_alike(monkeypatch):
+    class Left(Colours):
+        def forward(self, x):
+            return super().forward(x[..., : x.shape[3] // 2])
+
+    images = torch.randint(0, 256, (2, 3, 8, 4), dtype=torch.uint8)
+    images[1] = images[0].flip(2)
+    monkeypatch.setattr(model, "load_batches", lambda *_: [(images, torch.ones(2, dtype=torch.bool))])
+    plain, flipped = (next(model.embed(Left(), None, [np.arange(2)], None, "cpu", flip=flip))[1] for flip in (False, True))
+    assert (plain[0] - plain[1]).abs().max() > 1e-3
+    torch.testing.assert_close(flipped[0], flipped[1])
 
 
 def test_the_table_is_printed(monkeypatch, capsys):
