@@ -21,14 +21,8 @@ from scipy.sparse import csr_array
 from torch import Tensor, distributed as dist
 from torchvision.utils import make_grid, save_image
 
-from data import Images, Tracklets, framed, read_labels, read_tracklets, refuse_unreadable, replacing
+from data import Images, Tracklets, framed, read_labels, read_tracklets, refuse_unreadable, replacing, require
 from model import extract, load_backbone
-
-
-def check(holds, message: str) -> None:
-    """Raise ValueError with the message unless the condition holds."""
-    if not holds:
-        raise ValueError(message)
 
 
 def evaluate(query, gallery, query_ids, gallery_ids, query_cams, gallery_cams) -> dict:
@@ -45,14 +39,14 @@ def score(blocks, query_ids, gallery_ids, query_cams, gallery_cams) -> dict:
     Raises ValueError where lengths do not agree, or no query has a match."""
     query_ids, gallery_ids, query_cams, gallery_cams = map(np.asarray, (query_ids, gallery_ids, query_cams, gallery_cams))
     for name, ids, cams in (("query", query_ids, query_cams), ("gallery", gallery_ids, gallery_cams)):
-        check(ids.shape == cams.shape == (ids.size,), f"{name}: expected one id and one camera for each image: {ids.shape}, {cams.shape}")
+        require(ids.shape == cams.shape == (ids.size,), f"{name}: expected one id and one camera for each image: {ids.shape}, {cams.shape}")
     Q, G, scored = len(query_ids), len(gallery_ids), 0
     by_id = np.argsort(gallery_ids, kind="stable")
     start, end = (np.searchsorted(gallery_ids, query_ids, side, sorter=by_id) for side in ("left", "right"))
     ap, inp, cmc = np.full(Q, np.nan), np.full(Q, np.nan), np.zeros(G)
     for first, block in blocks:
-        check(block.shape[1] == G, f"{G} gallery ids for {block.shape[1]} gallery features")
-        check(first == scored <= Q - len(block), f"{len(block)} queries from {first} after {scored} of {Q}; expected all, in order")
+        require(block.shape[1] == G, f"{G} gallery ids for {block.shape[1]} gallery features")
+        require(first == scored <= Q - len(block), f"{len(block)} queries from {first} after {scored} of {Q}; expected all, in order")
         scored += len(block)
         block[:, gallery_ids < 0] = -np.inf  # junk is less similar than anything valid
         for q, similarity in enumerate(block, first):
@@ -62,16 +56,16 @@ def score(blocks, query_ids, gallery_ids, query_cams, gallery_cams) -> dict:
             matches = np.sort(similarity[same[~own_camera]])[::-1]
             if not len(matches) or query_ids[q] < 0:
                 continue
-            check(np.isfinite(matches).all(), f"similarities of query {q} are not finite")
+            require(np.isfinite(matches).all(), f"similarities of query {q} are not finite")
             rank = np.array([np.count_nonzero(similarity >= match) for match in matches])
             hits = np.searchsorted(-matches, -matches, side="right")  # matches at least as similar
             ap[q], inp[q] = (hits / rank).mean(), len(matches) / rank[-1]
             cmc[rank[0] - 1] += 1
-    check(scored == Q, f"similarities of {scored} queries for {Q} ids")
+    require(scored == Q, f"similarities of {scored} queries for {Q} ids")
     counted = int(np.isfinite(ap).sum())
     known = (start < end)[query_ids >= 0].any()
     why = "all images of their identities are under the query's own camera" if known else "no image of their identities is in the gallery"
-    check(counted, f"none of the {Q} queries can be counted: {why}")
+    require(counted, f"none of the {Q} queries can be counted: {why}")
     return {"mAP": float(np.nanmean(ap)), "mINP": float(np.nanmean(inp)), "cmc": cmc.cumsum() / counted,
             "queries": counted, "left_out": Q - counted, "ap": ap}
 
@@ -81,13 +75,13 @@ def with_norms(query, gallery) -> list[Tensor]:
     found = []
     for name, x in (("query", query), ("gallery", gallery)):
         x = x.detach().float() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x, dtype=np.float32))
-        check(x.ndim == 2 and len(x), f"{name} features: expected (n, d) with n of 1 or more, got {tuple(x.shape)}")
+        require(x.ndim == 2 and len(x), f"{name} features: expected (n, d) with n of 1 or more, got {tuple(x.shape)}")
         norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
         bad = (~torch.isfinite(norms[:, 0])).nonzero()[:, 0].tolist()
-        check(not bad, f"{name} features: {len(bad)} of {len(x)} rows are not finite: {bad[:3]}")
+        require(not bad, f"{name} features: {len(bad)} of {len(x)} rows are not finite: {bad[:3]}")
         found += [x, norms.clamp_min_(1e-12)]
     d, gallery_d = found[0].shape[1], found[2].shape[1]
-    check(d == gallery_d, f"query features have {d} dimensions, gallery features {gallery_d}")
+    require(d == gallery_d, f"query features have {d} dimensions, gallery features {gallery_d}")
     return found
 
 
@@ -110,7 +104,7 @@ def rerank(query, gallery, k1: int = 20, k2: int = 6, lambda_value: float = 0.3)
 
 def reranked(query, gallery, k1: int = 20, k2: int = 6, lambda_value: float = 0.3, most: int = 2**24):
     """`rerank` in blocks of queries: yields (first row, float32 (b, G)). Neighbourhoods are sparse (n, n) matrices, n = Q + G."""
-    check(k1 >= 1 and k2 >= 1, f"k1 {k1}, k2 {k2}: expected 1 or more")
+    require(k1 >= 1 and k2 >= 1, f"k1 {k1}, k2 {k2}: expected 1 or more")
     query, norms, gallery, gallery_norms = with_norms(query, gallery)
     x = torch.cat([query, gallery]).div_(torch.cat([norms, gallery_norms]))
     Q, G, n = len(query), len(gallery), len(x)
@@ -188,15 +182,15 @@ def read_benchmark(root, labels=None, say=print) -> Benchmark:
     root = Path(root)
     if not labels:
         inner = [name for name in ("Market-1501-v15.09.15", "DukeMTMC-reID", "MSMT17_V1", "MSMT17_V2", "MARS") if (root / name).is_dir()]
-        check(len(inner) <= 1, f"{root}: holds {', '.join(inner)}; give one of them")
+        require(len(inner) <= 1, f"{root}: holds {', '.join(inner)}; give one of them")
         root = root.joinpath(*inner)
         for read, parts in ((read_market, ["query", "bounding_box_test"]), (read_msmt17, ["list_query.txt", "list_gallery.txt"]),
                             (read_mars, ["bbox_test", "info/test_name.txt", "info/tracks_test_info.mat", "info/query_IDX.mat"])):
             there, missing = ([part for part in parts if (root / part).exists() == wanted] for wanted in (True, False))
-            check(not (there and missing), f"{root}: has {', '.join(there)} but no {', no '.join(missing)}: half a download?")
+            require(not (there and missing), f"{root}: has {', '.join(there)} but no {', no '.join(missing)}: half a download?")
             if there:
                 return build_benchmark(root, *read(root), say)
-        check((root / "test.json").is_file(), f"{root}: no such folder, or no benchmark: expected Market-1501 or DukeMTMC-reID (query/), "
+        require((root / "test.json").is_file(), f"{root}: no such folder, or no benchmark: expected Market-1501 or DukeMTMC-reID (query/), "
               "MSMT17 (list_query.txt), MARS (info/query_IDX.mat), or tracklets in test/ with identities in test.json (or --labels)")
     tracklets = read_tracklets(root / "test" if (root / "test.json").exists() and (root / "test").exists() else root)
     ids = read_labels(labels or root / "test.json", tracklets)
@@ -218,7 +212,7 @@ def read_market(root: Path) -> tuple:
         for file in sorted(os.listdir(root / folder)) if (root / folder).is_dir() else ():
             if file.lower().endswith((".jpg", ".jpeg", ".png")) and not file.startswith("."):
                 match = re.match(r"(-1|\d+)_c(\d+)(s\d+_|_f\d+)?", file)  # Duke: 0001_c2_f0046182.jpg
-                check(match, f"{root / folder}: expected names with identity and camera (0002_c1s1_000451_03.jpg), got {file}")
+                require(match, f"{root / folder}: expected names with identity and camera (0002_c1s1_000451_03.jpg), got {file}")
                 rows.append((split, [f"{folder}/{file}"], match[1], match[2]))
                 name = name if not match[3] else "Market-1501" if match[3][0] == "s" else "DukeMTMC-reID"
     return name, rows, 0
@@ -232,7 +226,7 @@ def read_msmt17(root: Path) -> tuple:
         listed = root / f"list_{split}.txt"
         for line in filter(str.strip, listed.read_text().split("\n") if listed.exists() else ()):  # train and val may be left out
             match = re.fullmatch(r"(\S*?\d+_\d+_(\d+)_\S+)\s+(\d+)\s*", line)
-            check(match, f"{listed}: expected a path such as 0000/0000_000_01_0303morning_0015_0.jpg, a space, and a number, got {line}")
+            require(match, f"{listed}: expected a path such as 0000/0000_000_01_0303morning_0015_0.jpg, a space, and a number, got {line}")
             rows.append((split, [f"{release.format(folder)}/{match[1]}"], match[3], match[2]))
     return "MSMT17", rows, None
 
@@ -253,7 +247,7 @@ def read_mars(root: Path) -> tuple:
     tracks, query = table("tracks_test_info.mat", 4), table("query_IDX.mat", 1)
     for file, numbers, most in (("tracks_test_info.mat", tracks[:, :2], len(names)), ("query_IDX.mat", query, len(tracks))):
         orderly = (1 <= numbers).all() and (numbers <= most).all() and (np.diff(numbers) >= 0).all()  # no tracklet ends before it starts
-        check(orderly, f"{root}/info/{file}: expected numbers from 1 to {most}")
+        require(orderly, f"{root}/info/{file}: expected numbers from 1 to {most}")
     train = table("tracks_train_info.mat", 4) if (root / "info/tracks_train_info.mat").exists() else ()
     rows = [("train", range(first, last + 1), person, camera) for first, last, person, camera in train]  # their files are not needed
     for number, (first, last, person, camera) in enumerate(tracks, start=1):
@@ -269,7 +263,7 @@ def build_benchmark(root: Path, name: str, rows: list, nobody: int | None, say) 
     """The benchmark of a reader's rows, without junk (ids below 0). Says its numbers, and whether query and gallery are as large as
     published: nothing else tells half a download. Raises ValueError where files are missing, or query or gallery are empty."""
     for split in ("query", "gallery"):
-        check(any(split in row[0] and int(row[2]) >= 0 for row in rows), f"{root}: no images but junk in the {split}")
+        require(any(split in row[0] and int(row[2]) >= 0 for row in rows), f"{root}: no images but junk in the {split}")
     splits, files, ids, cams = zip(*rows)
     ids, cams, count = np.array(ids).astype(np.int64), np.array(cams).astype(np.int64), np.array([len(f) for f in files])
     members = {split: np.array([split in s for s in splits]) for split in ("train", "val", "query", "gallery")}  # each (items,), bool
@@ -280,7 +274,7 @@ def build_benchmark(root: Path, name: str, rows: list, nobody: int | None, say) 
     paths = [path for i in np.flatnonzero(kept) for path in files[i]]
     there = {folder: set(os.listdir(root / folder)) if (root / folder).is_dir() else () for folder in {os.path.dirname(p) for p in paths}}
     missing = [path for path in paths if ".." in path.split("/") or os.path.basename(path) not in there[os.path.dirname(path)]]
-    check(not missing, f"{root}: {len(missing):,} of {len(paths):,} files are missing or leave the folder: {missing[:3]}: half a download?")
+    require(not missing, f"{root}: {len(missing):,} of {len(paths):,} files are missing or leave the folder: {missing[:3]}: half a download?")
     images = Tracklets(root, [""], np.array([os.fsencode(path) for path in paths]), *np.zeros((3, len(paths)), np.int64))
     query, gallery = ((np.cumsum(kept) - 1)[members[split] & kept] for split in ("query", "gallery"))
     found, published = (len(query), len(gallery)), PUBLISHED.get(name)
@@ -305,7 +299,7 @@ def evaluate_features(features: Tensor, benchmark: Benchmark, reranking: bool = 
     readable, ids, cams = features.any(1).numpy(), benchmark.ids, benchmark.cams
     query, gallery = (items[readable[items]] for items in (benchmark.query, benchmark.gallery))
     for name, items in (("query", query), ("gallery", gallery)):
-        check(len(items), f"the {name} holds no image that can be read")
+        require(len(items), f"the {name} holds no image that can be read")
     rows = features[query].to(device), features[gallery].to(device)
     blocks = ((first, -distances) for first, distances in reranked(*rows)) if reranking else similarities(*rows)
     result = score(blocks, ids[query], ids[gallery], cams[query], cams[gallery])
@@ -356,10 +350,10 @@ def main() -> None:
     parser.add_argument("--out", help="folder of the sheets (default: that of the weights)")
     args = parser.parse_args()
     for flag, least in (("workers", 0), ("batch", 1), ("show", 0)):
-        check(getattr(args, flag) >= least, f"--{flag} {getattr(args, flag)}: expected {least} or more")
+        require(getattr(args, flag) >= least, f"--{flag} {getattr(args, flag)}: expected {least} or more")
     if args.export:
-        check(args.export.endswith(".npz"), f"--export {args.export}: expected a name that ends in .npz")
-        check(not Path(args.export).exists(), f"{args.export}: exists already; give another --export")
+        require(args.export.endswith(".npz"), f"--export {args.export}: expected a name that ends in .npz")
+        require(not Path(args.export).exists(), f"{args.export}: exists already; give another --export")
     rank, weights = int(os.environ.get("RANK", 0)), Path(args.weights)
     say = lambda text: print(text, flush=True) if rank == 0 else None
     benchmark = read_benchmark(args.data, args.labels, say)
@@ -377,7 +371,7 @@ def main() -> None:
         return
     seconds, bad = time.time() - clock, np.flatnonzero(~readable)
     say(f"{len(readable):,} images in {seconds:.0f} s, {len(readable) / seconds:,.0f} images/s")
-    check(torch.isfinite(features).all(), f"{weights}: gives features that are not finite")
+    require(torch.isfinite(features).all(), f"{weights}: gives features that are not finite")
     refuse_unreadable(benchmark.images, bad, len(readable))
     if len(bad):
         say(f"{len(bad):,} images cannot be read and are left out, the first: {benchmark.images.path(bad[0])}")

@@ -31,7 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from denoise import check_index, denoise_tracklets, show_identities
+from denoise import check_index, check_thresholds, denoise_tracklets, show_identities
 from distill import Distillation, Network, Views, all_reduce, collapse, gauge, show_views
 from evaluate import evaluate_features, label_tracklets, show_retrieval
 from model import Head, build, check_sizes, describe, extract, extract_to_file, load_weights
@@ -116,12 +116,10 @@ RULES = [  # flags, what must hold of their values, and that in words
     ("identities", lambda v: v in ("instance", "tracklet", "cion", "true"), "instance, tracklet, cion or true"),
     ("centering", lambda v: v in ("ema", "sinkhorn"), "ema or sinkhorn"),
     ("precision", lambda v: v in ("auto", "float32", "bfloat16", "float16"), "auto, float32, bfloat16 or float16"),
-    ("levels", lambda v: v in (1, 2, 3), "1, 2 or 3"),
     ("size local_size", lambda v: v[0] >= 32 and v[1] >= 16, "at least 32 16, which the networks need"),
     ("global_scale local_scale ratio", lambda v: 0 < v[0] <= v[1], "two numbers above 0, the smaller first"),
     ("global_scale local_scale", lambda v: v[1] <= 1, "shares of the image, at most 1"),
-    ("sigma tau", lambda v: v <= 2, "a cosine distance, which lies in [0, 2]"),
-    ("K batch accumulate prototypes hidden bottleneck student_temp teacher_temp min_images rounds log_every save_every",
+    ("K batch accumulate prototypes hidden bottleneck student_temp teacher_temp rounds log_every save_every",
      lambda v: np.min(v) > 0, "numbers above 0"),
     ("epochs tracklet_epochs epoch_steps lr seed workers local_crops freeze_last", lambda v: np.min(v) >= 0, "numbers of 0 or more"),
     ("warmup", lambda v: 0 <= v < 1, "a share of the steps, from 0 to below 1"),
@@ -161,23 +159,24 @@ def data_folder(s: Settings) -> Path:
     return Path(s.data or f"data/walkers{f'-{s.seed}' if s.seed else ''}")
 
 
+def thresholds(s: Settings) -> tuple:
+    """sigma and tau, None where they are calibrated."""
+    return tuple(None if value < 0 else value for value in (s.sigma, s.tau))
+
+
 def check_settings(s: Settings) -> None:
     """Raises ValueError for settings that cannot work, before anything is read or drawn."""
     for flags, holds, expected in RULES:
         for flag in flags.split():
-            if not holds(getattr(s, flag)):
-                raise ValueError(f"--{flag} {getattr(s, flag)}: expected {expected}")
+            data.require(holds(getattr(s, flag)), f"--{flag} {getattr(s, flag)}: expected {expected}")
+    data.require(len(s.K) == len(s.epochs), f"--K {s.K} has {len(s.K)} phases and --epochs {s.epochs} {len(s.epochs)}: give each its epochs")
+    data.require(s.canvas[0] >= s.size[0] and s.canvas[1] >= s.size[1], f"--canvas {s.canvas} is smaller than --size {s.size}")
+    check_thresholds(*thresholds(s), s.min_images, s.window, s.stride, levels=s.levels)
+    data.require(s.identities == "cion" or not (s.labels or s.weights), f"--identities {s.identities} goes without --labels and --weights")
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    for failed, words in (
-        (len(s.K) != len(s.epochs), f"--K {s.K} has {len(s.K)} phases and --epochs {s.epochs} {len(s.epochs)}: give each its epochs"),
-        (s.canvas[0] < s.size[0] or s.canvas[1] < s.size[1], f"--canvas {s.canvas} is smaller than --size {s.size}"),
-        (not 1 <= s.stride < s.window, f"--stride {s.stride} --window {s.window}: ranges must overlap, so 1 <= stride < window"),
-        (s.identities != "cion" and (s.labels or s.weights), f"--identities {s.identities} goes without --labels and --weights"),
-        *((s.batch % (processes * s.accumulate * K), f"--batch {s.batch} over {processes} processes in {s.accumulate} parts is not a multiple of "
-           f"K={K}: identities are not split") for K in s.K),
-    ):  # fmt: skip
-        if failed:
-            raise ValueError(words)
+    for K in s.K:
+        data.require(s.batch % (processes * s.accumulate * K) == 0, f"--batch {s.batch} over {processes} processes in {s.accumulate} parts "
+                     f"is not a multiple of K={K}: identities are not split")  # fmt: skip
     backbone = build(s.arch)
     check_sizes(backbone, s.arch, (s.size, s.local_size))
     if s.weights:
@@ -292,19 +291,16 @@ class Run:
                     found, source = read_state(self.folder / name), name
                 except ValueError as error:
                     wrong.append(str(error))
-        if wrong and not found:
-            raise ValueError(f"{'; '.join(wrong)}. Delete {self.folder} to start anew, or give another --name")
+        data.require(found or not wrong, f"{'; '.join(wrong)}. Delete {self.folder} to start anew, or give another --name")
         states = self.gather(found["step"] if found else self.folder.is_dir() and "nothing")
-        if len(set(states)) > 1:
-            raise ValueError(f"{self.folder} must be on a file system that all machines share: the processes found {states}")
+        data.require(len(set(states)) == 1, f"{self.folder} must be on a file system that all machines share: the processes found {states}")
         if not found:
             if self.rank == 0:
                 log.unlink(missing_ok=True)  # of a start that came to nothing
             return
         now, then = asdict(self.settings), found["settings"]
         differ = [f"--{key} {then.get(key)} there, {now[key]} here" for key in now if key not in MAY_DIFFER and now[key] != then.get(key)]
-        if differ:
-            raise ValueError(f"{self.folder} was made with other settings ({'; '.join(differ)}); delete it, or give another --name")
+        data.require(not differ, f"{self.folder} was made with other settings ({'; '.join(differ)}); delete it, or give another --name")
         self.distillation.load_state_dict(found)
         self.step, self.results = found["step"], found["results"]
         self.resumed, self.unreadable = found["optimizer"], set(found["unreadable"])
@@ -450,8 +446,7 @@ def read_inputs(run: Run) -> tuple:
     run.say("data", f"{train_folder}: {named if s.labels else tracklets}{drawn}")
     run.say("", f"{test_folder}: {test}, held out" if test else f"{root} does not hold all of train/, test/ and test.json: no evaluation")
     truth = data.read_labels(root / "train.json", tracklets) if test and not s.labels and (root / "train.json").exists() else None
-    if s.identities == "true" and truth is None:
-        raise ValueError(f"--identities true: {root} does not hold train/, test/, test.json and train.json, the truth")
+    data.require(s.identities != "true" or truth is not None, f"--identities true: {root} does not hold train/, test/, test.json and train.json")
     if labels is None:
         check_index(tracklets.video, tracklets.track, tracklets.frame, name=tracklets.path)
         labels = {"instance": np.arange(len(tracklets)), "true": truth}.get(s.identities, tracklets.track)
@@ -484,8 +479,7 @@ def find_identities(run: Run, tracklets, truth: np.ndarray | None) -> None:
     run.say("denoise", f"{len(tracklets):,} features of {features.shape[1]} dimensions in {seconds:.0f} s, {len(tracklets) / seconds:,.0f} images/s")
     if run.rank == 0:
         labels, report, space = denoise_tracklets(
-            tracklets, features, run.folder / "features.scratch", truth, print_line=lambda text: run.say("", text),
-            sigma=None if s.sigma < 0 else s.sigma, tau=None if s.tau < 0 else s.tau,
+            tracklets, features, run.folder / "features.scratch", truth, *thresholds(s), print_line=lambda text: run.say("", text),
             min_images=s.min_images, window=s.window, stride=s.stride, levels=s.levels,
         )  # fmt: skip
         run.unreadable.update(report.pop("unreadable"))

@@ -232,7 +232,6 @@ def denoise(args) -> None:
             "cut where smoothed features switch": dict(sharp_cuts=False), "not cut, the other half recovered": dict(split=False),
             "no cannot-link": dict(cannot_link=False), "min_images 1": dict(min_images=1), "min_images 4": dict(min_images=4), "min_images 6": dict(min_images=6),
             "range of 8 videos, not 16": dict(window=8, stride=4), "range of 32": dict(window=32, stride=16), "range of all": dict(window=99, stride=1),
-            "looking for people who return": dict(returning=True), "range of 8, looking for people who return": dict(window=8, stride=4, returning=True),
         }  # fmt: skip
         rows = []
         for name, options in variants.items():
@@ -296,7 +295,7 @@ def draw_features(folder: Path, images: int, seed: int = 0, d: int = 256) -> Non
         rows, v = rows + len(x), v + 1
 
 
-def run_scale(folder: str, returning: bool = False, **options) -> dict:
+def run_scale(folder: str, **options) -> dict:
     """Denoise what `draw_features` left in a folder: seconds and peak memory of every part, and the result's quality."""
     folder = Path(folder)
     features, (video, track, frame, truth) = np.load(folder / "features.npy", mmap_mode="r"), np.load(folder / "index.npy")
@@ -316,7 +315,7 @@ def run_scale(folder: str, returning: bool = False, **options) -> dict:
         lap("placing")
         sigma, tau = D.calibrate(placed, video, track, frame)
         lap("calibration")
-        labels = D.denoise(placed, video, track, frame, sigma, tau, returning=returning, cut_by=sharp,
+        labels = D.denoise(placed, video, track, frame, sigma, tau, cut_by=sharp,
                            report=lambda level, labels, share: lap(level), **options)  # fmt: skip
     seconds["check, noise"] = seconds.pop("tracklets")
     return figures | {"seconds": whole.seconds, "parts": seconds, "memory": whole.peak, "sigma": sigma, "tau": tau, "dims": placed.shape[1],
@@ -324,16 +323,13 @@ def run_scale(folder: str, returning: bool = False, **options) -> dict:
 
 
 def scale(args) -> None:
-    """Time and memory at growing sizes, each in a process of its own; the effect of the range's width, and what looking for
-    people who stay away longer costs."""
+    """Time and memory at growing sizes, each in a process of its own, and the effect of the range's width."""
     run = lambda folder, **options: in_a_process("run_scale", folder=folder, **options)
-    results, windows, returning = [], [], []
+    results, windows = [], []
     for images in args.images:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             draw_features(Path(folder), images)
             results.append(run(folder))
-            if images <= args.returning:
-                returning.append(run(folder, returning=True))
             if images == args.images[-1] or images == 100_000:
                 windows = windows or [(w, run(folder, window=w, stride=w // 2)) for w in args.windows]
     quality = lambda r: [f"{r['identities']:,}", *(f"{r[c]:.3f}" for c in ("precision", "recall", "f1"))]
@@ -345,10 +341,6 @@ def scale(args) -> None:
     if windows:
         print_rows(f"Width of the range, {windows[0][1]['images']:,} images", ["W", "seconds", "of them level 3", "identities", "P", "R", "F1"],
                    [[w, f"{r['seconds']:.1f}", f"{r['parts']['cross video']:.1f}", *quality(r)] for w, r in windows])  # fmt: skip
-    if returning:
-        print_rows("Looking for people who return, after level 3", ["images", "identities before", "seconds more", "identities", "P", "R", "F1"],
-                   [[f"{r['images']:,}", f"{one['identities']:,}", f"{r['parts']['returning']:.1f}", *quality(r)]
-                    for r, one in zip(returning, results)])  # fmt: skip
 
 
 # ---------------------------------------------------------------- the loss
@@ -767,7 +759,6 @@ if __name__ == "__main__":
     command = commands.add_parser("scale", help=scale.__doc__)
     command.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     command.add_argument("--windows", type=int, nargs="*", default=[4, 8, 16, 32, 64, 128], help="widths of the range, tried at 100,000 images")
-    command.add_argument("--returning", type=int, default=10**6, help="most images to look for people who return in")
     command.add_argument("--folder", help="where the features go (default: the system's temporary folder)")
     command.set_defaults(run=scale)
     command = commands.add_parser("loss", help=loss.__doc__)

@@ -29,7 +29,7 @@ WHO = ("instance", "tracklet", "cion", "true")
 SHARES = {"10%": (10, 5), "30%": (30, 14)}  # of 100 people in 48 videos
 
 
-def command(arch: str, seed: int, flags: str = "") -> str:
+def command(arch: str, seed, flags: str = "") -> str:
     """The command of one run."""
     return f"torchrun train.py --arch {arch} --seed {seed} {flags}".strip()
 
@@ -39,7 +39,7 @@ def claim(arch: str, who: str) -> str:
     return "" if who == "cion" else f"--identities {who}"
 
 
-def fewer(share: str, seed: int) -> str:
+def fewer(share: str, seed) -> str:
     """The flags of a run on a smaller world, which `run` draws."""
     return f"--data data/walkers-{seed}-{share.rstrip('%')} --recipe demo"
 
@@ -134,11 +134,11 @@ def claim_table(known: dict) -> str:
     rows = []
     for arch, seeds in SEEDS.items():
         any_run = of_seeds(known, arch, seeds, claim(arch, "cion"))
-        pictures = {"random weights": "random", "colour histograms": "histogram"}
-        for name, runs, key in [(name, any_run, key) for name, key in pictures.items()] + [(f"`{who}`", of_seeds(known, arch, seeds, claim(arch, who)), None) for who in WHO]:
-            if runs:
-                scores = [run[key] if key else last(run) for run in runs]
-                rows.append([f"`{arch}`", name, spread([s["mAP"] for s in scores]), spread([s["R1"] for s in scores]), len(runs)])
+        rows_of = {name: [run[key] for run in any_run] for name, key in (("random weights", "random"), ("colour histograms", "histogram"))}
+        rows_of |= {f"`{who}`": [last(run) for run in of_seeds(known, arch, seeds, claim(arch, who))] for who in WHO}
+        for name, scores in rows_of.items():
+            if scores:
+                rows.append([f"`{arch}`", name, spread([s["mAP"] for s in scores]), spread([s["R1"] for s in scores]), len(scores)])
     return table(["network", "who teaches whom", "mAP", "R1", "seeds"], rows)
 
 
@@ -172,9 +172,16 @@ def small_table(known: dict, what: str, choices: dict) -> str:
 
 def row_commands() -> str:
     """The command of every row; a row's runs differ in the seed."""
-    rows = [(arch, claim(arch, who)) for arch in SEEDS for who in WHO] + [("r10ibn", flags) for flags in (*LEVELS.values(), *GROWTH.values(), *ROUNDS.values())]
-    lines = [f"    for seed in {' '.join(map(str, SEEDS[arch]))}; do {command(arch, 0, flags).replace('--seed 0', '--seed $seed')}; done" for arch, flags in rows]
-    return "\n".join(dict.fromkeys(lines))
+    rows = [(arch, SEEDS[arch], claim(arch, who)) for arch in SEEDS for who in WHO]
+    rows += [("r10ibn", (1, 2, 3), flags) for flags in (*LEVELS.values(), *GROWTH.values(), *ROUNDS.values())]
+    kept = {}
+    for arch, seeds, flags in rows:
+        kept.setdefault((arch, flags), " ".join(map(str, seeds)))  # a row of two tables is of the first one's seeds
+    lines = [f"    for seed in {seeds}; do {command(arch, '$seed', flags)}; done" for (arch, flags), seeds in kept.items()]
+    for share, (people, videos) in SHARES.items():
+        draw = f"python -c \"from data import draw_walkers; draw_walkers('data/walkers-$seed-{share.rstrip('%')}', $seed, {people}, {videos})\""
+        lines.append(f"    for seed in 1 2 3; do {draw}; {command('r10ibn', '$seed', fewer(share, '$seed'))}; done")
+    return "\n".join(lines)
 
 
 def blocks(known: dict) -> dict[str, str]:

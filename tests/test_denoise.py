@@ -174,7 +174,7 @@ def random_case(seed):
 @pytest.mark.parametrize("seed", range(40))
 def test_invariants_of_the_levels(seed):
     features, video, track, frame, sigma, tau, window, stride = random_case(seed)
-    moment = D.moments(video, frame)
+    moment = 100 * video + frame
     first = D.single_tracklet(features, video, track, sigma)
     second = D.single_video(features, first, video, track, frame, sigma, tau)
     third = D.cross_video(features, second, video, frame, sigma, tau, window, stride)
@@ -206,7 +206,7 @@ def test_the_result_depends_on_neither_the_order_of_rows_nor_the_window_of_memor
     features = features.astype(np.float16)
     want = D.denoise(features, video, track, frame, sigma, tau, **options)
     np.save(tmp_path / "features.npy", features)
-    monkeypatch.setattr(D, "slices", lambda f, slices=D.slices: slices(f, 50))
+    monkeypatch.setattr(D, "slices", lambda n, d, *_, slices=D.slices: slices(n, d, 50))
     monkeypatch.setattr(D, "video_rows", lambda f, v, video_rows=D.video_rows: video_rows(f, v, 50))
     assert (D.denoise(np.load(tmp_path / "features.npy", mmap_mode="r"), video, track, frame, sigma, tau, **options) == want).all()
 
@@ -246,7 +246,7 @@ def test_level_1_can_raise_the_noise_of_identities_too():
 
 def test_noise_compares_within_ranges():
     features = np.eye(3)[[0, 1, 0, 2]]
-    labels, video = np.arange(4), np.array([0, 1, 5, 5])
+    labels = np.arange(4)
     assert D.noise(features, labels, 0.1, 0.1) == (0.0, 0.5)
     assert D.noise(features, labels, 0.1, 0.1, video=np.array([0, 1, 2, 2]), window=2, stride=1) == (0.0, 0.0)
     assert D.noise(features, labels, 0.1, 0.1, video=np.array([0, 1, 2, 2]), window=3, stride=1) == (0.0, 0.5)
@@ -261,19 +261,6 @@ def test_sliding_range_links_through_overlaps_and_misses_who_stays_away_longer()
     assert len(set(got[:4])) == 1 and got[4] != got[5]
     whole = D.cross_video(features, labels, video, frame, 0.1, 0.1, window=10, stride=5)
     assert whole[4] == whole[5] and len(set(whole)) == 2
-    assert partition(D.reunite(features, got, video, frame, 0.1, 0.1)) == partition(whole)
-    late = D.denoise(features, video, np.arange(6), frame, 0.1, 0.1, min_images=1, window=4, stride=2, returning=True)
-    assert partition(late) == partition(whole)
-    apart = np.concatenate([np.eye(6)[:1], np.eye(6)[1:]])  # nobody is like anybody
-    assert D.reunite(apart, np.arange(6), video, frame, 0.1, 0.1).tolist() == list(range(6))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_reuniting_with_all_as_candidates_is_the_global_merge(seed):
-    features, video, track, frame, sigma, tau, _, _ = random_case(2 * seed + 1)
-    first = D.single_tracklet(features, video, track, sigma)
-    got = D.reunite(features, first, video, frame, sigma, tau, nearest=99, cannot_link=False, floats=9)
-    assert partition(got) == merge_by_definition(features.astype(float), D.group_rows(first), sigma, tau)
 
 
 def test_a_linked_chain_that_breaks_the_rule_is_split():
@@ -400,8 +387,10 @@ def test_the_space_is_safe_for_few_images_and_for_images_all_alike(N, d):
     (dict(features=(7, 0.0)), "the first: row 7"),
     (dict(video=(5, np.nan)), "video of row 5 is nan: expected whole numbers from 0, which have an order"),
     (dict(video=(5, 0.5)), "video of row 5 is 0.5"),
-    (dict(frame=(9, 0)), r"row 8 and row 9 are of one track in one frame.* \(such pairs: 1\)"),
-    (dict(video=(9, 2)), r"row 8 and row 9 are both of track 1, but of two videos.* \(such tracks: 1\)"),
+    (dict(frame=(9, 0)), r"row 8 and row 9 are both of track 1, in one frame.* \(such pairs: 1\)"),
+    (dict(video=(9, 2)), r"row 15 and row 9 are both of track 1, but of two videos.* \(such pairs: 1\)"),
+    (dict(min_images=0), "min_images=0"),
+    (dict(levels=4), "levels=4.*1, 2 or 3"),
     (dict(track=(9, -1)), "track of row 9 is -1.0: expected whole numbers from 0"),
     (dict(track=np.array(["a"] * 144)), "track: expected whole numbers"),
 ])  # fmt: skip
@@ -417,7 +406,7 @@ def test_wrong_input_is_named(change, message):
             arguments[name] = value
     with pytest.raises(ValueError, match=message):
         D.denoise(**arguments)
-    if not {"sigma", "tau", "window"} & set(change) and not (isinstance(change.get("frame"), tuple)):
+    if not {"sigma", "tau", "window", "min_images", "levels"} & set(change) and not (isinstance(change.get("frame"), tuple)):
         arrays = [arguments[name] for name in ("features", "video", "track")]
         with pytest.raises(ValueError, match=message):
             D.fit_space(*arrays)
@@ -432,17 +421,17 @@ def test_tiny_inputs_work():
     assert D.denoise(one, zero, zero, zero).tolist() == [-1]  # one image is no tracklet
     pair = np.array([[1.0, 0], [1.0, 0.1]])
     assert D.denoise(pair, [0, 0], [0, 0], [0, 1], 0.2, 0.2).tolist() == [0, 0]
-    assert D.denoise(pair.tolist(), [0, 0], [0, 0], [0, 1], returning=True).tolist() == [0, 0]  # one tracklet, calibrated
+    assert D.denoise(pair.tolist(), [0, 0], [0, 0], [0, 1]).tolist() == [0, 0]  # one tracklet, calibrated
     opposite = np.array([[1.0, 0], [-1.0, 0.1]])
     levels = []
-    assert D.denoise(opposite, [0, 0], [0, 0], [0, 1], 0.1, 0.2, returning=True, report=lambda *line: levels.append(line)).tolist() == [-1, -1]
-    assert levels[-1][0] == "returning" and levels[-1][2] == (0.0, 0.0)  # nothing left after level 1
+    assert D.denoise(opposite, [0, 0], [0, 0], [0, 1], 0.1, 0.2, report=lambda *line: levels.append(line)).tolist() == [-1, -1]
+    assert levels[-1][0] == "cross video" and levels[-1][2] == (0.0, 0.0)  # nothing left after level 1
 
 
 def test_rows_of_later_chunks_are_named_by_their_number(monkeypatch):
     features, video, track, frame, _ = people(np.random.default_rng(0))
     features[100] = np.nan
-    monkeypatch.setattr(D, "slices", lambda f, slices=D.slices: slices(f, 480))
+    monkeypatch.setattr(D, "slices", lambda n, d, *_, slices=D.slices: slices(n, d, 480))
     monkeypatch.setattr(D, "video_rows", lambda f, v, video_rows=D.video_rows: video_rows(f, v, 480))
     for function in (lambda: D.denoise(features, video, track, frame, 0.2, 0.2), lambda: D.fit_space(features, video, track)):
         with pytest.raises(ValueError, match="the first: row 100"):
@@ -469,7 +458,7 @@ def test_a_set_without_a_centroid_is_no_identity():
     assert D.denoise(features, zero, zero, np.arange(2), 0.1, 0.2).tolist() == [-1, -1]
     assert D.denoise(features, zero, np.arange(2), np.arange(2), 0.1, 2.0, min_images=1).tolist() == [0, 1]
     cross = np.concatenate([np.eye(2), -np.eye(2)])
-    assert D.trim(cross, 0.1).sum() <= 1 and not D.consistent(cross, np.arange(4), np.arange(4), 2.0)
+    assert D.trim(cross, 0.1).sum() <= 1 and not D.consistent([(cross, range(4))], 2.0)
 
 
 def test_one_tracklet_a_video_is_not_taken_for_a_background():
@@ -532,6 +521,10 @@ def test_options_of_denoise_reach_the_levels_and_reports_follow_the_rows_given(m
     assert list(levels) == ["tracklets", "single tracklet", "single video", "cross video"]
     assert partition(levels["tracklets"]) == partition(track[order])
     assert (levels["cross video"] == D.denoise(features, video, track, frame, 0.4, 0.5)[order]).all()
+    for n, level in ((1, "single tracklet"), (2, "single video"), (3, "cross video")):
+        seen = {}
+        got = D.denoise(features[order], video[order], track[order], frame[order], 0.4, 0.5, levels=n, report=lambda name, labels, _: seen.update({name: labels}))
+        assert (got == levels[level]).all() and list(seen) == list(levels)[: n + 1] and all((seen[name] == levels[name]).all() for name in seen)
     far = dict(window=2, stride=1)  # the default window holds all three videos, this one does not; the second is of strangers
     strangers = np.where((video == 1)[:, None], -features, features)
     assert D.denoise(strangers, video, track, frame, 0.4, 0.5).max() < D.denoise(strangers, video, track, frame, 0.4, 0.5, **far).max()

@@ -203,22 +203,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(w
     assert all(torch.isfinite(v).all() for v in state["teacher"].values() if v.is_floating_point())
 
 
-@pytest.fixture(scope="module")
-def market(walkers, tmp_path_factory):
-    """Held-out walkers under Market-1501's names: the first three videos are queries' cameras and all are the gallery's."""
-    root = tmp_path_factory.mktemp("market") / "Market-1501-v15.09.15"
-    t = data.read_tracklets(walkers / "test")
-    ids = data.read_labels(walkers / "test.json", t)
-    for folder in ("query", "bounding_box_test"):
-        (root / folder).mkdir(parents=True)
-    for i in range(len(t)):
-        source, person = walkers / "test" / t.path(i), -1 if ids[i] < 0 else ids[i] + 1
-        shutil.copy(source, root / "bounding_box_test" / f"{person if person < 0 else f'{person:04d}'}_c{t.video[i] + 1}s1_{i:06d}_01.jpg")
-        if person > 0 and i % 5 == 0:
-            shutil.copy(source, root / "query" / f"{person:04d}_c{t.video[i] + 1}s1_{i:06d}_00.jpg")
-    return root
-
-
 def test_a_benchmark_is_evaluated_with_everything_on(finished, market, tmp_path):
     weights = finished[0] / "runs" / "tiny" / "last.pt"
     flags = ["evaluate.py", "--weights", weights, "--data", market, "--workers", 0, "--flip", "--rerank", "--show", 13, "--out", tmp_path / "sheets"]
