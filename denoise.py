@@ -620,7 +620,7 @@ def denoise_tracklets(tracklets, features, scratch, truth=None, sigma=None, tau=
 
     def tell(level, labels, share):
         full[rows], kept = labels, int((labels >= 0).sum())
-        identities = np.count_nonzero(np.bincount(labels + 1)[1:])
+        identities = int((np.bincount(labels + 1)[1:] > 0).sum())
         figures = dict(level=level, identities=identities, images_kept=kept, noise_images=share[0], noise_identities=share[1])
         levels.append(figures | ({} if truth is None else pairwise_scores(full, truth)))
         print_line(line.format(**levels[-1]))
@@ -632,7 +632,8 @@ def denoise_tracklets(tracklets, features, scratch, truth=None, sigma=None, tau=
         chosen = calibrate(placed, *index, print_line)
         sigma, tau = chosen[0] if sigma is None else sigma, chosen[1] if tau is None else tau
         print_line(f"sigma {sigma:.3f}, tau {tau:.3f} (calibrated: {chosen[0]:.3f}, {chosen[1]:.3f}) in "
-                   f"{placed.shape[1]} dimensions of {space.matrix.shape[0]}\n{header}")
+                   f"{placed.shape[1]} dimensions of {space.matrix.shape[0]}")
+        print_line(header)
         denoise(placed, *index, sigma, tau, cut_by=sharp, report=tell, **options)
     before, after = ((figures["noise_images"], figures["noise_identities"]) for figures in (levels[0], levels[-1]))
     report = levels[-1] | {"noise_before": before, "noise_after": after, "levels": levels}

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, distributed as dist, nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1, conv3x3
 
@@ -385,6 +384,8 @@ def multiply_adds(backbone: nn.Module, size: tuple[int, int] = (256, 128)) -> in
 @torch.no_grad()
 def main() -> None:
     """Print a table of architectures: parameters, multiply-adds of a 256x128 image, width of the embedding, speed here."""
+    from torch.utils.benchmark import Timer  # which looks for compilers, and says so
+
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("arch", nargs="*", help="names as --arch of train.py takes them (default: the paper's 32 networks)")
     names, failed = parser.parse_args().arch, False

@@ -478,6 +478,9 @@ def find_identities(run: Run, tracklets, truth: np.ndarray | None) -> None:
     seconds = time.time() - clock
     run.say("denoise", f"{len(tracklets):,} features of {features.shape[1]} dimensions in {seconds:.0f} s, {len(tracklets) / seconds:,.0f} images/s")
     if run.rank == 0:
+        for file in run.folder.glob("features-*.npy"):  # of the round before; they are large
+            if file.name != Path(features.filename).name:
+                file.unlink()
         labels, report, space = denoise_tracklets(
             tracklets, features, run.folder / "features.scratch", truth, *thresholds(s), print_line=lambda text: run.say("", text),
             min_images=s.min_images, window=s.window, stride=s.stride, levels=s.levels,

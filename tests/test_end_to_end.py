@@ -163,7 +163,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, walkers, tmp_
 def test_two_processes_share_the_work_and_find_the_same_identities(finished, walkers, tmp_path):
     """The same weights in one process and in two: the same features and labels, and training that goes through."""
     weights = finished[0] / "runs" / "tiny" / "last.pt"
-    flags = ["train.py", "--data", walkers, "--weights", weights, "--name", "tiny", *TINY]
+    flags = ["train.py", "--data", walkers, "--weights", weights, "--name", "tiny", *TINY, "--rounds", 1]
     run(tmp_path, *flags, launcher=[*TORCHRUN, "--nproc_per_node=2"])
     run(tmp_path, "denoise.py", "--data", walkers, "--weights", weights, "--workers", 0)
     t = data.read_tracklets(walkers / "train")
