@@ -260,9 +260,6 @@ def collapse(loss: float, entropy: float, used: int, D: int, identities: int) ->
     return ""
 
 
-# ---------------------------------------------------------------- one step
-
-
 class Distillation:
     """Student and teacher, and what else a step changes: the center, the loss scale, whether all was finite.
 

@@ -274,7 +274,7 @@ def build_benchmark(root: Path, name: str, rows: list, nobody: int | None, say) 
     paths = [path for i in np.flatnonzero(kept) for path in files[i]]
     there = {folder: set(os.listdir(root / folder)) if (root / folder).is_dir() else () for folder in {os.path.dirname(p) for p in paths}}
     missing = [path for path in paths if ".." in path.split("/") or os.path.basename(path) not in there[os.path.dirname(path)]]
-    require(not missing, f"{root}: {len(missing):,} of {len(paths):,} files are missing or leave the folder: {missing[:3]}: half a download?")
+    require(not missing, f"{root}: {len(missing):,} of {len(paths):,} files are missing or leave it: {missing[:3]}: half a download?")
     images = Tracklets(root, [""], np.array([os.fsencode(path) for path in paths]), *np.zeros((3, len(paths)), np.int64))
     query, gallery = ((np.cumsum(kept) - 1)[members[split] & kept] for split in ("query", "gallery"))
     found, published = (len(query), len(gallery)), PUBLISHED.get(name)

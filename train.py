@@ -108,7 +108,7 @@ DEMO = dict(
     batch=64, tracklet_epochs=1, K=(2, 4), epochs=(2, 4), rounds=3, epoch_steps=90,
     prototypes=256, hidden=512, bottleneck=64, head_norm=True, centering="sinkhorn",
     lr=6e-3, freeze_last=0, ema=(0.95, 0.95), workers=1,
-)  # fmt: skip
+)
 DEMO_LARGE = DEMO | dict(epoch_steps=40)  # networks that take seconds a step
 MAY_DIFFER = {"name", "workers", "log_every", "save_every"}  # settings that change nothing in the result
 RULES = [  # flags, what must hold of their values, and that in words
@@ -125,13 +125,14 @@ RULES = [  # flags, what must hold of their values, and that in words
     ("warmup", lambda v: 0 <= v < 1, "a share of the steps, from 0 to below 1"),
     ("name", lambda v: v == Path(v).name, "the name of a folder below runs/, not a path"),
     ("weights labels", lambda v: not v or os.path.isfile(v), "a file; no such file"),
-]  # fmt: skip
+]
 
 
 def parse_settings(argv=None) -> Settings:
     """Settings from the recipe and the flags that override it. Raises ValueError where they cannot work."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Settings), re.MULTILINE))
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] + " In brackets: the paper's recipe.", argument_default=argparse.SUPPRESS)
+    description = __doc__.split("\n\n")[0] + " In brackets: the paper's recipe."
+    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
     for field in fields(Settings):
         values = field.default if isinstance(field.default, tuple) else (field.default,)
         options = {"help": f"{comments[field.name]} [{' '.join(map(str, values))}]".replace("%", "%%").replace(" []", "")}
@@ -169,21 +170,19 @@ def check_settings(s: Settings) -> None:
     for flags, holds, expected in RULES:
         for flag in flags.split():
             data.require(holds(getattr(s, flag)), f"--{flag} {getattr(s, flag)}: expected {expected}")
-    data.require(len(s.K) == len(s.epochs), f"--K {s.K} has {len(s.K)} phases and --epochs {s.epochs} {len(s.epochs)}: give each its epochs")
+    phases = f"--K {s.K} has {len(s.K)} phases and --epochs {s.epochs} {len(s.epochs)}"
+    data.require(len(s.K) == len(s.epochs), f"{phases}: give each its epochs")
     data.require(s.canvas[0] >= s.size[0] and s.canvas[1] >= s.size[1], f"--canvas {s.canvas} is smaller than --size {s.size}")
     check_thresholds(*thresholds(s), s.min_images, s.window, s.stride, levels=s.levels)
     data.require(s.identities == "cion" or not (s.labels or s.weights), f"--identities {s.identities} goes without --labels and --weights")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     for K in s.K:
         data.require(s.batch % (processes * s.accumulate * K) == 0, f"--batch {s.batch} over {processes} processes in {s.accumulate} parts "
-                     f"is not a multiple of K={K}: identities are not split")  # fmt: skip
+                     f"is not a multiple of K={K}: identities are not split")
     backbone = build(s.arch)
     check_sizes(backbone, s.arch, (s.size, s.local_size))
     if s.weights:
         load_weights(backbone, s.weights)
-
-
-# ---------------------------------------------------------------- schedules
 
 
 Schedule = namedtuple("Schedule", "lr weight_decay ema teacher_temp")  # what changes from step to step
@@ -209,9 +208,6 @@ def plan_epochs(s: Settings) -> tuple[list[int], dict[int, str]]:
         return Ks, {}
     finds = {first + i * sum(s.epochs) // s.rounds: f"round {i}" for i in range(s.rounds)}
     return Ks, finds | {first: "weights" if s.weights else "tracklet"}
-
-
-# ---------------------------------------------------------------- the run's state
 
 
 class Run:
@@ -259,8 +255,9 @@ class Run:
             log, last = self.folder / "log.jsonl", self.folder / "last.pt"
             checkpoint = self.distillation.state_dict() | {
                 "optimizer": optimizer.state_dict() if optimizer else None, "step": self.step, "results": self.results,
-                "unreadable": sorted(self.unreadable), "settings": asdict(self.settings), "log_bytes": log.stat().st_size if log.exists() else 0,
-            }  # fmt: skip
+                "unreadable": sorted(self.unreadable), "settings": asdict(self.settings),
+                "log_bytes": log.stat().st_size if log.exists() else 0,
+            }
             with data.replacing(last) as temporary:
                 torch.save(checkpoint, temporary)
                 if last.exists():
@@ -277,8 +274,8 @@ class Run:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process, however it ends
             except OSError:
                 self.lock.seek(0)
-                raise ValueError(f"another run works in {self.folder} ({self.lock.read() or 'unknown'}; a killed torchrun may have left it); "
-                                 "wait for its end, end it, or give another --name") from None  # fmt: skip
+                raise ValueError(f"another run works in {self.folder} ({self.lock.read() or 'unknown'}; a killed torchrun may have left "
+                                 "it); wait for its end, end it, or give another --name") from None
             self.lock.truncate(0)
             print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=self.lock, flush=True)
             for left in self.folder.glob(".last.pt.*"):  # of a save that was cut short
@@ -323,9 +320,10 @@ class Run:
     def check_finite(self) -> None:
         """Raise FloatingPointError where a loss or a gradient of any process was not finite since the start. Reading it waits
         for the device, so it is done before logging and saving only."""
-        if not all_reduce(self.distillation.finite.clone(), dist.ReduceOp.MIN) or self.distillation.scaler.get_scale() < 1:  # which finds its scale
-            raise FloatingPointError(f"a loss or a gradient is not finite by step {self.step}; {self.folder}/last.pt is the "
-                                     f"last good state. Try a lower --lr (now {self.settings.lr}) under another --name")  # fmt: skip
+        finite = all_reduce(self.distillation.finite.clone(), dist.ReduceOp.MIN)
+        if not finite or self.distillation.scaler.get_scale() < 1:  # a scaler meets infinities by design, but finds its scale
+            raise FloatingPointError(f"a loss or a gradient is not finite by step {self.step}; {self.folder}/last.pt is the last good "
+                                     f"state. Try a lower --lr (now {self.settings.lr}) under another --name")
 
     def gather_unreadable(self, tracklets) -> None:
         """Unite what the processes found unreadable. Raises ValueError if that is more than 1% of the images."""
@@ -340,7 +338,8 @@ class Run:
 
     def leave(self) -> None:
         """Say how to go on, and exit as a process that got a signal does."""
-        self.say("stopped", "the same command goes on from " + (f"{self.folder}/last.pt" if (self.folder / "last.pt").exists() else "the start"))
+        last = self.folder / "last.pt"
+        self.say("stopped", f"the same command goes on from {last if last.exists() else 'the start'}")
         sys.exit(128 + (self.stop_asked or signal.SIGTERM))
 
 
@@ -352,7 +351,7 @@ def join_processes() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     store, rank, world_size = next(rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # after a restart the store still holds dead processes' addresses
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # a store that was restarted holds dead processes' addresses
         store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
                             timeout=timedelta(days=1))  # others wait while one denoises  # fmt: skip
@@ -371,9 +370,6 @@ def read_state(file: Path) -> dict:
         raise ValueError(f"{file} is damaged ({error})") from None
 
 
-# ---------------------------------------------------------------- one stage of training
-
-
 def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.ndarray, K: int, epoch: int, steps: int, total: int) -> None:
     """Identity-guided self-distillation on labels (N,), from run.step to the end of the epoch, of so many steps; total counts those of
     all epochs, over which the schedules run (the released code's run off their end where K grows).
@@ -381,14 +377,15 @@ def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.n
     Raises ValueError where images are unreadable or identities too few, FloatingPointError where the loss is not finite.
     """
     s, local, clock, first_step = run.settings, run.settings.batch // run.world_size, time.time(), run.step
-    mine = data.sample_identities(labels, K, s.batch, s.seed, epoch, steps)[run.step - epoch * steps :, run.rank * local : (run.rank + 1) * local]
+    batches = data.sample_identities(labels, K, s.batch, s.seed, epoch, steps)[run.step - epoch * steps :]
+    mine = batches[:, run.rank * local : (run.rank + 1) * local]
     run.training = True
     for rows, (images, readable) in zip(mine, data.load_batches(tracklets, list(mine), s.canvas, s.workers)):
         if not readable.all():
             run.unreadable.update(rows[~readable.numpy()].tolist())
             images = data.replace_unreadable(images, readable, K)
-        now = schedule(s, run.step, total)
-        loss, p = run.distillation.step(network, optimizer, images, view_kinds(s), K, (s.seed, epoch, run.step), now, frozen=epoch < s.freeze_last)
+        now, seeds = schedule(s, run.step, total), (s.seed, epoch, run.step)
+        loss, p = run.distillation.step(network, optimizer, images, view_kinds(s), K, seeds, now, frozen=epoch < s.freeze_last)
         run.step += 1
 
         if run.step % s.log_every == 0 or run.step == total:
@@ -397,9 +394,9 @@ def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.n
             rate = (run.step - first_step) * s.batch / (time.time() - clock)
             left = (total - run.step) * s.batch / rate
             run.say("", f"step {run.step:>5,}/{total:,}  K {K}  loss {loss:.3f} of {uniform:.3f}  entropy {entropy / uniform:4.0%}  "
-                    f"used {used:,}  lr {now.lr:.1e}  {rate:6,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")  # fmt: skip
+                    f"used {used:,}  lr {now.lr:.1e}  {rate:6,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
             run.log("train", stage=run.stage, step=run.step, epoch=epoch, K=K, loss=loss, entropy=entropy, entropy_share=entropy / uniform,
-                    prototypes_used=used, images_per_second=rate, **now._asdict())  # fmt: skip
+                    prototypes_used=used, images_per_second=rate, **now._asdict())
             words = collapse(loss, entropy, used, s.prototypes, s.batch // K) if run.step > s.warmup * total else ""
             run.collapsed = run.collapsed + 1 if words else min(run.collapsed, 0)
             if run.collapsed == 3:  # in three lines running; said once
@@ -417,13 +414,11 @@ def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.n
 
 def view_kinds(s: Settings) -> list[Views]:
     """Two global views and the local ones, by the recipe."""
-    first, second, local = (Views(size, scale, s.ratio, s.jitter, grey_p=s.grey, blur_p=p, blur_sigma=s.blur_sigma) for size, scale, p in zip(
-        (s.size, s.size, s.local_size), (s.global_scale, s.global_scale, s.local_scale), s.blur))  # fmt: skip
-    second.solarize_p, local.copies = s.solarize, s.local_crops
+    common = dict(ratio=s.ratio, jitter=s.jitter, grey_p=s.grey, blur_sigma=s.blur_sigma)
+    first, second = (Views(s.size, s.global_scale, blur_p=p, **common) for p in s.blur[:2])
+    second.solarize_p = s.solarize
+    local = Views(s.local_size, s.local_scale, blur_p=s.blur[2], copies=s.local_crops, **common)
     return [first, second] + [local] * (s.local_crops > 0)
-
-
-# ---------------------------------------------------------------- the whole method
 
 
 def read_inputs(run: Run) -> tuple:
@@ -446,7 +441,7 @@ def read_inputs(run: Run) -> tuple:
     run.say("data", f"{train_folder}: {named if s.labels else tracklets}{drawn}")
     run.say("", f"{test_folder}: {test}, held out" if test else f"{root} does not hold all of train/, test/ and test.json: no evaluation")
     truth = data.read_labels(root / "train.json", tracklets) if test and not s.labels and (root / "train.json").exists() else None
-    data.require(s.identities != "true" or truth is not None, f"--identities true: {root} does not hold train/, test/, test.json and train.json")
+    data.require(s.identities != "true" or truth is not None, f"--identities true: {root} does not hold train/, test/ and their .json")
     if labels is None:
         check_index(tracklets.video, tracklets.track, tracklets.frame, name=tracklets.path)
         labels = {"instance": np.arange(len(tracklets)), "true": truth}.get(s.identities, tracklets.track)
@@ -475,8 +470,8 @@ def find_identities(run: Run, tracklets, truth: np.ndarray | None) -> None:
     s, clock = run.settings, time.time()
     run.average_buffers()
     features = extract_to_file(run.folder, run.teacher.backbone, tracklets, s.size, run.device, s.workers)
-    seconds = time.time() - clock
-    run.say("denoise", f"{len(tracklets):,} features of {features.shape[1]} dimensions in {seconds:.0f} s, {len(tracklets) / seconds:,.0f} images/s")
+    N, seconds = len(tracklets), time.time() - clock
+    run.say("denoise", f"{N:,} features of {features.shape[1]} dimensions in {seconds:.0f} s, {N / seconds:,.0f} images/s")
     if run.rank == 0:
         for file in run.folder.glob("features-*.npy"):  # of the round before; they are large
             if file.name != Path(features.filename).name:
@@ -484,7 +479,7 @@ def find_identities(run: Run, tracklets, truth: np.ndarray | None) -> None:
         labels, report, space = denoise_tracklets(
             tracklets, features, run.folder / "features.scratch", truth, *thresholds(s), print_line=lambda text: run.say("", text),
             min_images=s.min_images, window=s.window, stride=s.stride, levels=s.levels,
-        )  # fmt: skip
+        )
         run.unreadable.update(report.pop("unreadable"))
         run.log("denoise", step=run.step, **report)
         with data.replacing(run.folder / "space.npz") as temporary, open(temporary, "wb") as file:
@@ -510,7 +505,7 @@ def main() -> None:
         pass
     million = sum(p.numel() for p in run.student.backbone.parameters()) / 1e6
     run.say("network", f"{s.arch}, {million:.1f} M parameters, images {s.size[0]}x{s.size[1]}, recipe {s.recipe}, "
-            f"{run.world_size} x {run.device.type}, {run.folder}/")  # fmt: skip
+            f"{run.world_size} x {run.device.type}, {run.folder}/")
     measure(run, benchmark, "random")
     if run.step == 0:
         if s.weights:
@@ -535,9 +530,9 @@ def main() -> None:
             data.check_batches(labels, s.K, s.batch)
         run.stage = "cion" if known or s.labels else "tracklet" if s.identities == "cion" else s.identities
         if run.stage != said or epoch in finds:
-            said = run.stage
-            run.say("stage 2" if known or s.labels else "stage 1", f"{len(np.unique(labels[labels >= 0])):,} {said} identities of {(labels >= 0).sum():,} images, "
-                    f"{len(Ks) * steps:,} steps of {s.batch} in all")  # fmt: skip
+            said, kept = run.stage, labels[labels >= 0]
+            run.say("stage 2" if known or s.labels else "stage 1", f"{len(np.unique(kept)):,} {said} identities of {len(kept):,} images, "
+                    f"{len(Ks) * steps:,} steps of {s.batch} in all")
         train_epoch(run, network, optimizer, tracklets, labels, Ks[epoch], epoch, steps, len(Ks) * steps)
 
     if not run.done:
@@ -555,7 +550,8 @@ def main() -> None:
         run.say("data", f"{len(run.unreadable):,} unreadable images were skipped, the first: {tracklets.path(min(run.unreadable))}")
     for stage, result in run.results.items():
         run.say("result" if stage == "random" else "", f"{stage:<9} mAP {result['mAP']:5.1%}   R1 {result['R1']:5.1%}")
-    run.say("done", f"{run.folder}/: {', '.join(sorted(file.name for file in run.folder.iterdir() if not file.name.startswith(('events', '.'))))}")
+    files = sorted(file.name for file in run.folder.iterdir() if not file.name.startswith((".", "events")))
+    run.say("done", f"{run.folder}/: {', '.join(files)}")
     dist.destroy_process_group()
 
 

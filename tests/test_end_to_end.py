@@ -61,6 +61,35 @@ def test_the_whole_chain_leaves_what_it_promises(finished, walkers):
     assert labels.max() + 1 == denoised["identities"] and (labels >= 0).sum() == denoised["images_kept"]
 
 
+def test_who_teaches_whom_changes_nothing_else(walkers, tmp_path):
+    """--identities: the same steps and schedules on other identities, as many as there are; denoising for cion alone."""
+    identities, schedules = {}, {}
+    for who in ("instance", "tracklet", "true", "cion"):
+        output = run(tmp_path, "train.py", "--data", walkers, "--identities", who, "--name", who, *TINY, "--epoch_steps", 4, "--log_every", 2)
+        log = tmp_path / "runs" / who
+        assert [e["stage"] for e in events(log, "evaluate")] == (["random", "tracklet", "round 1", "cion"] if who == "cion" else ["random", who])
+        assert len(events(log, "denoise")) == (2 if who == "cion" else 0)
+        assert [e["K"] for e in events(log, "train")] == ([1] * 6 if who == "instance" else [2, 2, 2, 2, 4, 4])
+        identities[who] = int(next(line for line in output.splitlines() if line.startswith("stage 1")).split()[2].replace(",", ""))
+        schedules[who] = [[e[key] for key in ("step", "lr", "weight_decay", "ema")] for e in events(log, "train")]
+    t = data.read_tracklets(walkers / "train")
+    assert identities == {"instance": len(t), "tracklet": t.track.max() + 1, "cion": t.track.max() + 1, "true": 10}
+    assert all(schedule == schedules["cion"] for schedule in schedules.values())
+    assert "--identities true" in run(tmp_path, "train.py", "--data", walkers / "train", "--identities", "true", *TINY, fails=True)
+
+
+def test_denoising_up_to_a_level(walkers, tmp_path):
+    """--levels 1 keeps identities within tracklets, --levels 2 within videos."""
+    t = data.read_tracklets(walkers / "train")
+    for levels, within in ((1, t.track), (2, t.video)):
+        run(tmp_path, "train.py", "--data", walkers, "--levels", levels, "--name", levels, *TINY, "--epoch_steps", 4, "--rounds", 1)
+        labels = data.read_labels(tmp_path / "runs" / str(levels) / "identities.json", t)
+        kept = labels >= 0
+        assert len(np.unique(np.stack([labels[kept], within[kept]]), axis=1).T) == len(np.unique(labels[kept]))
+        tracks = len(np.unique(np.stack([labels[kept], t.track[kept]]), axis=1).T)
+        assert (tracks > len(np.unique(labels[kept]))) == (levels == 2)
+
+
 def test_training_changed_the_weights_and_kept_them_finite(finished):
     state = torch.load(finished[0] / "runs" / "tiny" / "last.pt", weights_only=True)
     assert list(state["results"]) == ["random", "tracklet", "round 1", "cion"] and state["step"] == 36
