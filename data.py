@@ -251,10 +251,10 @@ def replace_unreadable(images: Tensor, readable: Tensor, K: int) -> Tensor:
 def sample_identities(labels: np.ndarray, K: int, batch: int, seed: int, epoch: int, steps: int) -> np.ndarray:
     """The batches of one epoch: image indices (steps, batch), K images of each identity contiguous. Pure in its arguments.
 
-    Every identity's images are shuffled and cut into groups of K, the remainder left for another shuffle; an identity with fewer
-    than K images repeats them. Groups are shuffled into batches, the last incomplete batch is dropped; once all have come, it
-    begins anew. Rank r of w takes columns r * batch/w to (r + 1) * batch/w: identities are not split, the union is the same for any w.
-    Images with label -1 are left out. Raises ValueError where K does not divide the batch or the identities fill no batch."""
+    labels (N,), -1 for images left out. Every identity's images are shuffled and cut into groups of K, the remainder left for another
+    shuffle; one with fewer than K images repeats them. Groups are shuffled into batches, the last incomplete batch is dropped; where
+    `steps` asks for more than one pass, all is shuffled again. Rank r of w takes columns r * batch/w to (r + 1) * batch/w, so identities
+    are not split and the union is the same for any w. Raises ValueError where K does not divide the batch or identities fill none."""
     check_batches(labels, [K], batch)
     images, out = np.flatnonzero(labels >= 0), np.empty((0, batch), np.int64)
     count = np.unique(labels[images], return_counts=True)[1]

@@ -310,8 +310,8 @@ def split_switches(features, video, track, frame, tau: float, shortest: int = 2)
 
 
 def find_cut(x: np.ndarray, tau: float, shortest: int) -> int:
-    """How many unit features (n, d), in order of time, come before the cut that explains most of their variance; 0 if the centroids of the
-    two parts, of `shortest` images or more, are not at least tau apart."""
+    """How many unit features (n, d), in order of time, come before the cut that explains most of their variance; 0 if they are too few, or
+    the centroids of the two parts, of `shortest` images or more, are not at least tau apart."""
     sizes = np.arange(shortest, len(x) - shortest + 1)  # of the first part
     if not len(sizes):
         return 0
@@ -368,7 +368,8 @@ def merge(features, identities, moment, sigma: float, tau: float, cannot_link=Tr
     features (N, d); identities: n arrays of rows; moment (N,): a number for each (video, frame). Returns groups, lists of positions in
     `identities`. Exact: every pair closer than tau waits in a heap, and a refused pair can only come back in a larger union.
     sums (n, d): of their unit features, if known; overwritten. fresh: bool (n,), two that are not have been refused before.
-    pairs: integers (m, 2), the only ones to consider, inherited by unions; all if None."""
+    pairs: integers (m, 2), the only ones to consider, inherited by unions; all if None. `cross_video` gives sums and fresh, `follow` sums
+    and pairs."""
     n, groups = len(identities), [[k] for k in range(len(identities))]
     if n < 2:
         return groups
@@ -404,7 +405,10 @@ def merge(features, identities, moment, sigma: float, tau: float, cannot_link=Tr
             once = (a < b) & (fresh[a] | fresh[b])
             offer(a[once], b[once])
     else:
-        pairs = pairs.copy()
+        near = [set() for _ in range(n)]
+        for a, b in pairs.tolist():
+            near[a].add(b)
+            near[b].add(a)
         for part in slices(len(pairs), 2, 2**17):
             offer(*pairs[part].T)
 
@@ -422,8 +426,11 @@ def merge(features, identities, moment, sigma: float, tau: float, cannot_link=Tr
         if pairs is None:
             others = np.flatnonzero(age >= 0)
         else:
-            pairs[pairs == j] = i  # the union inherits
-            others = np.unique(pairs[(pairs[:, 0] == i) | (pairs[:, 1] == i)])
+            for k in near[j] - {i}:  # the union inherits
+                near[k].add(i)
+            near[i] |= near[j]
+            others = np.array(sorted(near[i]), np.int64)
+            others = others[age[others] >= 0]
         others = others[others != i]
         offer(np.full(len(others), i), others)
     return [group for group in groups if group]
@@ -494,7 +501,7 @@ def cross_video(features, labels, video, frame, sigma: float, tau: float, window
         for here in ranges(labels, video, window, stride):
             if fresh[here].any():
                 for group in merge(features, [identities[n] for n in here], *rule, sums[here], fresh[here]):
-                    links += zip(here[group[:-1]], here[group[1:]])  # a chain; the first two that merged are neighbours in it
+                    links += zip(here[group[:-1]], here[group[1:]])  # (a, b), (b, c), ...: enough to make one component of them
         if not links:
             return labels
         labels, fresh, sums = follow(features, labels, identities, sums, np.unique(links, axis=0), *rule)
@@ -536,7 +543,7 @@ def calibrate(features, video, track, frame, say=lambda text: None) -> tuple[flo
     own = 1 - np.einsum("nd,nd->n", x[several], rest) / np.maximum(np.linalg.norm(rest, axis=1), 1e-12)
     nth = np.arange(len(rows)) - (np.cumsum(size) - size)[track]  # an image's place in its tracklet
     halves = centroids_of(x, 2 * track + (nth >= size[track] // 2))
-    halves = 1 - np.einsum("nd,nd->n", halves[::2], halves[1::2])[size >= 4]
+    apart = 1 - np.einsum("nd,nd->n", halves[::2], halves[1::2])[size >= 4]
     seen = coo_array((np.ones(len(rows)), (track, moment))).tocsr()
     a, b = (seen @ seen.T).nonzero()
     together, text = (a < b).any(), "85% of tracklets seen together"
@@ -547,7 +554,7 @@ def calibrate(features, video, track, frame, say=lambda text: None) -> tuple[flo
     strangers = 1 - np.einsum("nd,nd->n", centroids[a[a < b]], centroids[b[a < b]])
     far = float(np.quantile(strangers, 0.15 if together else 0.5)) if len(strangers) else 1.0  # nothing to measure: at right angles
     near = np.quantile(own, 0.95) if len(own) else 0.0
-    half = np.median(halves) if len(halves) else near
+    half = np.median(apart) if len(apart) else near
     say(f"95% of images lie within {near:.3f} of the rest of their tracklet, halves of a tracklet {half:.3f} apart (median), "
         f"{text} {far:.3f} or more")
     return tuple(float(np.clip((distance + far) / 2, TOLERANCE, 2)) for distance in (float(near), float(half)))
@@ -639,8 +646,8 @@ def denoise_tracklets(tracklets, features, scratch, truth=None, sigma=None, tau=
     report = levels[-1] | {"noise_before": before, "noise_after": after, "levels": levels}
     report |= {"f1_tracklets": levels[0]["f1"]} if truth is not None else {}
     for name, values in (("tracklets", tracklets.track), ("videos", tracklets.video)):
-        both = np.unique(np.stack([full[full >= 0], values[full >= 0]]), axis=1)
-        report[f"{name}_per_identity"] = both.shape[1] / max(1, report["identities"])
+        both = np.unique(full[full >= 0] * (values.max() + 1) + values[full >= 0])
+        report[f"{name}_per_identity"] = len(both) / max(1, report["identities"])
     print_line("an identity spans {tracklets_per_identity:.1f} tracklets, {videos_per_identity:.1f} videos".format(**report))
     return full, report | {"sigma": sigma, "tau": tau, "seconds": time.time() - clock, "unreadable": unreadable.tolist()}, space
 

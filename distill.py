@@ -184,7 +184,7 @@ def identity_loss(student: Tensor, teacher: Tensor, center: Tensor, K: int, stud
 
 
 def student_targets(p: Tensor, K: int, V: int):
-    """Yields each student crop's target t (B, D): the loss is the sum over crops of -<t, log q>. p (2, B, D): the teacher's probabilities.
+    """One target t (B, D) for each of V student crops, in order: the loss is the sum over crops of -<t, log q>. p (2, B, D): the teacher's.
     Definition: the mean over the 2 (V - 1) pairs of a teacher view and a different student view, with H(p, q) = -<p, log q>, of
         [ mean_b H(p_b, q_b) + sum over i != j of mean over identities of H(p_i, q_j) ] / (K (K - 1) + 1).
     H is linear in p: image b meets its K - 1 partners at once in G_b - p_b, with G_b the sum of p over b's identity.
@@ -214,7 +214,7 @@ def matching_loss(z: Tensor, prototypes: Tensor, p: Tensor, K: int, student_temp
             torch.mm(gradient, prototypes, out=dz[v])
             dprototypes.addmm_(gradient.T, z[v])
     linear = torch.dot(z.flatten(), dz.flatten()) + torch.dot(prototypes.flatten(), dprototypes.flatten())
-    return loss + (linear - linear.detach())  # the loss, with the gradients dz and dprototypes
+    return loss + (linear - linear.detach())  # zero in value; its gradient is (dz, dprototypes)
 
 
 def all_reduce(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
@@ -295,7 +295,7 @@ class Distillation:
     def step(self, network: nn.Module, optimizer, images: Tensor, kinds: list[Views], K: int, seeds: tuple, now, frozen: bool = False):
         """One step on this process's uint8 images (B, 3, H, W): its loss (a tensor: nothing here waits for the device) and the teacher's
         probabilities (2, B, D). network: the student, as DistributedDataParallel wraps it; seeds: integers from which the views are
-        drawn; now: the schedule's values; frozen: the prototypes stay as they are.
+        drawn; now: lr, weight_decay, ema, teacher_temp (train.Schedule); frozen: the prototypes stay as they are.
 
         The teacher sees all parts of the batch first, so centering is over the whole; then the student's gradients add up.
         """

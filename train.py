@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train.py --data DIR     # your tracklets, the paper's recipe
 
 Stage 1 learns from raw tracklets, denoising finds people with that encoder, stage 2 learns from them, and retrieval of people never
-seen says what it was worth. Read first: `Settings`, `main`, `train_stage`.
+seen says what it was worth. Read first: `Settings`, `main`, `train_epoch`.
 """
 import argparse
 import fcntl
@@ -194,7 +194,7 @@ def cosine(step: int, total: int, start: float, end: float) -> float:
 
 
 def schedule(s: Settings, step: int, total: int) -> Schedule:
-    """The values at a step, 0 to total - 1, of a stage: total counts the steps of all its phases."""
+    """The values at a step of the whole run, 0 to total - 1."""
     warmup, peak, (sharp, soft) = max(1, round(s.warmup * total)), s.lr * s.batch / 256, s.teacher_temp
     lr = peak * (step + 1) / warmup if step < warmup else cosine(step - warmup, total - warmup, peak, s.min_lr)
     return Schedule(lr, cosine(step, total, *s.weight_decay), cosine(step, total, *s.ema), sharp + (soft - sharp) * min(1, step / warmup))
@@ -206,8 +206,9 @@ def plan_epochs(s: Settings) -> tuple[list[int], dict[int, str]]:
     Ks = [s.K[0]] * first + [K for K, n in zip(s.K, s.epochs) for _ in range(n)]
     if s.identities != "cion" or s.labels:
         return Ks, {}
-    finds = {first + i * sum(s.epochs) // s.rounds: f"round {i}" for i in range(s.rounds)}
-    return Ks, finds | {first: "weights" if s.weights else "tracklet"}
+    before = sorted({first + i * sum(s.epochs) // s.rounds for i in range(s.rounds)})  # once in an epoch at most
+    names = ["weights" if s.weights else "tracklet", *(f"round {i}" for i in range(1, s.rounds))]
+    return Ks, dict(zip(before, names))
 
 
 class Run:
@@ -218,6 +219,7 @@ class Run:
         self.rank, self.world_size, self.device = join_processes()
         self.step, self.results, self.resumed, self.done = 0, {}, None, False
         self.stop_asked, self.training, self.collapsed, self.unreadable, self.tensorboard = 0, False, 0, set(), None
+        self.labels, self.images = None, 0  # int32 (N,), identities across videos, once they are found; N
         self.stage = ""  # whose images teach each other: what figures are logged under
         torch.manual_seed(s.seed)  # the same initial weights on every rank
         backbone = build(s.arch)
@@ -255,7 +257,7 @@ class Run:
             log, last = self.folder / "log.jsonl", self.folder / "last.pt"
             checkpoint = self.distillation.state_dict() | {
                 "optimizer": optimizer.state_dict() if optimizer else None, "step": self.step, "results": self.results,
-                "unreadable": sorted(self.unreadable), "settings": asdict(self.settings),
+                "labels": self.labels, "images": self.images, "unreadable": sorted(self.unreadable), "settings": asdict(self.settings),
                 "log_bytes": log.stat().st_size if log.exists() else 0,
             }
             with data.replacing(last) as temporary:
@@ -278,7 +280,7 @@ class Run:
                                  "it); wait for its end, end it, or give another --name") from None
             self.lock.truncate(0)
             print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=self.lock, flush=True)
-            for left in self.folder.glob(".last.pt.*"):  # of a save that was cut short
+            for left in self.folder.glob(".*.*"):  # of what was cut short: a checkpoint, features in their space
                 left.unlink()
         dist.barrier()
         found, wrong, log = None, [], self.folder / "log.jsonl"
@@ -298,8 +300,10 @@ class Run:
         now, then = asdict(self.settings), found["settings"]
         differ = [f"--{key} {then.get(key)} there, {now[key]} here" for key in now if key not in MAY_DIFFER and now[key] != then.get(key)]
         data.require(not differ, f"{self.folder} was made with other settings ({'; '.join(differ)}); delete it, or give another --name")
+        data.require(found["images"] == self.images, f"{self.folder} was made with {found['images']:,} images, there are {self.images:,} "
+                     "now; delete it, or give another --name")
         self.distillation.load_state_dict(found)
-        self.step, self.results = found["step"], found["results"]
+        self.step, self.results, self.labels = found["step"], found["results"], found["labels"]
         self.resumed, self.unreadable = found["optimizer"], set(found["unreadable"])
         if self.rank == 0:
             if wrong:
@@ -331,7 +335,7 @@ class Run:
         data.refuse_unreadable(tracklets, sorted(self.unreadable), len(tracklets))
 
     def on_signal(self, number: int, _) -> None:
-        """Ctrl-C or SIGTERM (torchrun may send both): training ends after its step with a checkpoint, anything else ends here."""
+        """Ctrl-C or SIGTERM (torchrun may send both): training ends the process after its step, with a checkpoint; others here."""
         self.stop_asked = number
         if not self.training:
             self.leave()
@@ -410,6 +414,8 @@ def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.n
         if stop:
             run.leave()
     run.training = False
+    if all_reduce(torch.tensor(float(run.stop_asked > 0))):  # asked during the last save
+        run.leave()
 
 
 def view_kinds(s: Settings) -> list[Views]:
@@ -446,8 +452,8 @@ def read_inputs(run: Run) -> tuple:
         check_index(tracklets.video, tracklets.track, tracklets.frame, name=tracklets.path)
         labels = {"instance": np.arange(len(tracklets)), "true": truth}.get(s.identities, tracklets.track)
     data.check_readable(tracklets)
-    if not s.weights:
-        data.check_batches(labels, s.K if s.labels or s.identities != "cion" else s.K[:1], s.batch)
+    Ks, finds = plan_epochs(s)
+    data.check_batches(labels, dict.fromkeys(Ks[: min(finds, default=len(Ks))]), s.batch)
     return tracklets, labels, truth, label_tracklets(test, data.read_labels(root / "test.json", test)) if test else None
 
 
@@ -461,20 +467,20 @@ def measure(run: Run, benchmark, stage: str) -> torch.Tensor | None:
     result = run.results[stage] = evaluate_features(features, benchmark)
     del result["ap"]
     run.say("evaluate", f"{stage:<9}" + "".join(f" {key} {result[key]:5.1%}  " for key in ("mAP", "R1", "R5", "R10")))
-    run.log("evaluate", stage=stage, **result)
+    run.log("evaluate", stage=stage, step=run.step, **result)
     return features
 
 
 def find_identities(run: Run, tracklets, truth: np.ndarray | None) -> None:
-    """Denoise with the teacher's features, printing each level; labels (N,) into identities.json, read again on every process."""
+    """Denoise with the teacher's features, printing each level: labels (N,) into run.labels, on every process, and identities.json."""
     s, clock = run.settings, time.time()
     run.average_buffers()
     features = extract_to_file(run.folder, run.teacher.backbone, tracklets, s.size, run.device, s.workers)
     N, seconds = len(tracklets), time.time() - clock
     run.say("denoise", f"{N:,} features of {features.shape[1]} dimensions in {seconds:.0f} s, {N / seconds:,.0f} images/s")
     if run.rank == 0:
-        for file in run.folder.glob("features-*.npy"):  # of the round before; they are large
-            if file.name != Path(features.filename).name:
+        for file in run.folder.glob("features-*"):  # of the round before, or of one cut short; they are large
+            if file.stem != Path(features.filename).stem:
                 file.unlink()
         labels, report, space = denoise_tracklets(
             tracklets, features, run.folder / "features.scratch", truth, *thresholds(s), print_line=lambda text: run.say("", text),
@@ -486,7 +492,14 @@ def find_identities(run: Run, tracklets, truth: np.ndarray | None) -> None:
             np.savez(file, **space._asdict())
         show_identities(run.folder / "denoised.png", tracklets, labels)
         data.write_labels(run.folder / "identities.json", tracklets, labels)
+        try:
+            data.check_batches(labels, s.K, s.batch)
+        except ValueError as error:
+            raise ValueError(f"stage 2 cannot be trained on these identities: {error}. Other settings can start from this encoder: "
+                             f"--weights {run.folder}/last.pt --name NEW") from None
     run.gather_unreadable(tracklets)
+    run.labels = torch.from_numpy(labels).int() if run.rank == 0 else torch.empty(N, dtype=torch.int32)
+    dist.broadcast(run.labels, 0)
 
 
 def main() -> None:
@@ -496,6 +509,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
     tracklets, labels, truth, benchmark = read_inputs(run)
+    run.images = len(tracklets)
     run.resume()  # what the run's folder holds already
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -506,8 +520,8 @@ def main() -> None:
     million = sum(p.numel() for p in run.student.backbone.parameters()) / 1e6
     run.say("network", f"{s.arch}, {million:.1f} M parameters, images {s.size[0]}x{s.size[1]}, recipe {s.recipe}, "
             f"{run.world_size} x {run.device.type}, {run.folder}/")
-    measure(run, benchmark, "random")
     if run.step == 0:
+        measure(run, benchmark, "random")
         if s.weights:
             report = load_weights(run.student.backbone, s.weights)
             run.teacher.backbone.load_state_dict(run.student.backbone.state_dict())
@@ -519,26 +533,25 @@ def main() -> None:
     network, optimizer = DistributedDataParallel(run.student, gradient_as_bucket_view=True), run.distillation.make_optimizer()
     if run.resumed:
         optimizer.load_state_dict(run.resumed)
-    said = None
+        run.resumed = None  # as large as the networks, twice
     for epoch in range(run.step // steps, len(Ks)):
-        known = epoch >= min(finds, default=math.inf)  # identities across videos
         if epoch in finds and run.step == epoch * steps:
             measure(run, benchmark, finds[epoch])
             find_identities(run, tracklets, truth)
-        if epoch in finds or known and not said:
-            labels = data.read_labels(run.folder / "identities.json", tracklets)
-            data.check_batches(labels, s.K, s.batch)
-        run.stage = "cion" if known or s.labels else "tracklet" if s.identities == "cion" else s.identities
-        if run.stage != said or epoch in finds:
-            said, kept = run.stage, labels[labels >= 0]
-            run.say("stage 2" if known or s.labels else "stage 1", f"{len(np.unique(kept)):,} {said} identities of {len(kept):,} images, "
+        labels = labels if run.labels is None else run.labels.numpy()
+        across = bool(s.labels) or run.labels is not None  # identities across videos
+        stage = "tracklet" if s.identities == "cion" and not across else s.identities
+        if stage != run.stage or epoch in finds:
+            run.stage, kept = stage, labels[labels >= 0]
+            run.say(f"stage {1 + across}", f"{len(np.unique(kept)):,} {stage} identities of {len(kept):,} images, "
                     f"{len(Ks) * steps:,} steps of {s.batch} in all")
         train_epoch(run, network, optimizer, tracklets, labels, Ks[epoch], epoch, steps, len(Ks) * steps)
 
     if not run.done:
-        features = measure(run, benchmark, s.identities)
+        labels = labels if run.labels is None else run.labels.numpy()
+        features = measure(run, benchmark, "tracklet" if s.identities == "cion" and not sum(s.epochs) else s.identities)
         if run.rank == 0:
-            rows = data.sample_identities(labels, Ks[-1], s.batch, s.seed, 0, 1)[0, :16]
+            rows = data.sample_identities(labels, s.K[-1], s.batch, s.seed, 0, 1)[0, :16]
             images = torch.stack([data.Images(tracklets, s.canvas)[i][0] for i in rows])
             show_views(run.folder / "crops.png", images, view_kinds(s), torch.Generator().manual_seed(s.seed))
             if features is not None:

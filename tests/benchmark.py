@@ -89,12 +89,13 @@ def encoded_walkers(noise: float, seed: int) -> tuple:
     root, run = Path("data") / name, Path("runs") / f"{name}-stage1"
     if not root.exists():
         data.draw_walkers(root, seed=seed, noise=noise)
-    if not list(run.glob("features-*.npy")):
+    if not (run / "last.pt").exists():
         print(f"training an encoder on {root} ...", file=sys.stderr, flush=True)
         command = [sys.executable, ROOT / "train.py", "--arch", "r10ibn", "--data", root, "--recipe", "demo", "--seed", seed, "--name", run.name]
-        subprocess.run([*map(str, command), "--epochs", "0", "0"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*map(str, command), "--tracklet_epochs", "4", "--epochs", "0", "0"], check=True, stdout=subprocess.DEVNULL)
     tracklets = data.read_tracklets(root / "train")
-    features = np.load(next(run.glob("features-*.npy"))).astype(np.float32)
+    backbone, size, _ = model.load_backbone(run / "last.pt")
+    features = np.asarray(model.extract_to_file(run, backbone, tracklets, size, "cpu"), np.float32)
     return features, tracklets.video, tracklets.track, tracklets.frame, data.read_labels(root / "train.json", tracklets)
 
 
@@ -573,7 +574,7 @@ def our_step(student, teacher, optimizer, images, kinds, K: int, lap) -> None:
     lap("loss")
     loss.backward()
     lap("backward")
-    train.clip_gradients(student, 3.0)
+    distill.clip_gradients(student, 3.0)
     optimizer.step()
     optimizer.zero_grad()
     lap("optimiser")

@@ -322,3 +322,33 @@ def test_a_network_of_another_library_is_trained_and_evaluated(walkers, tmp_path
     assert "missing 0" in output and "mAP" in output
     refused = [flag if flag != "r10ibn" else "vit_b_16" for flag in TINY]
     assert "vit_b_16 cannot take images of 32x16" in run(tmp_path, "train.py", "--data", walkers, *refused, fails=True)
+
+
+def test_a_damaged_checkpoint_falls_back_to_its_own_identities(finished, walkers, tmp_path):
+    """Killed when identities had just been found anew, and the last checkpoint damaged: the one before it belongs to the identities before."""
+    (tmp_path / "driver.py").write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import distill, train
+
+steps = 0
+
+def step(*args, of=distill.Distillation.step, **kwargs):
+    global steps
+    steps += 1
+    if steps == 25:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return of(*args, **kwargs)
+
+distill.Distillation.step = step
+train.main()
+""")
+    flags = ["--data", walkers, "--name", "tiny", *TINY, "--save_every", 5]
+    run(tmp_path, tmp_path / "driver.py", *flags, fails=True)
+    last = tmp_path / "runs" / "tiny" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    output = run(tmp_path, "train.py", *flags)
+    assert "going back to previous.pt" in output and "at step 20" in output
+    ends = [torch.load(folder / "runs" / "tiny" / "last.pt", weights_only=True) for folder in (finished[0], tmp_path)]
+    assert torch.equal(ends[0]["labels"], ends[1]["labels"])
+    assert all(torch.equal(ends[0]["teacher"][key], ends[1]["teacher"][key]) for key in ends[0]["teacher"])

@@ -345,7 +345,7 @@ def test_lists_of_msmt17_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"list_query.txt: expected a path such as 0000/0000_000_01_0303morning_0015_0.jpg, a space, .* got 0001/0001_0$"):
         evaluate.read_benchmark(tmp_path)
     (tmp_path / "list_query.txt").write_text("../../etc/0001_004_15_0302noon_0002_2.jpg 1\n")
-    with pytest.raises(ValueError, match="1 of 4 files are missing or leave the folder: .*/etc/0001_004_15"):
+    with pytest.raises(ValueError, match="1 of 4 files are missing or leave it: .*/etc/0001_004_15"):
         evaluate.read_benchmark(tmp_path)
     (tmp_path / "list_query.txt").unlink()
     with pytest.raises(ValueError, match="has list_gallery.txt but no list_query.txt: half"):
