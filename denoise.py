@@ -582,19 +582,19 @@ def denoise(features, video, track, frame, sigma=None, tau=None, min_images=2, w
     if sigma is None or tau is None:
         chosen = calibrate(features, video, track, frame)
         sigma, tau = chosen[0] if sigma is None else sigma, chosen[1] if tau is None else tau
-    tell = lambda level, labels: report and report(level, labels[back], noise(features, labels, sigma, tau, video, window, stride))
+    report_level = lambda level, labels: report and report(level, labels[back], noise(features, labels, sigma, tau, video, window, stride))
     track = dense(track)
-    tell("tracklets", track)
+    report_level("tracklets", track)
     if split:
         track = split_switches(features if cut_by is None else cut_by, video, track, frame, tau)
     labels = single_tracklet(features, video, track, sigma, min_images)
-    tell("single tracklet", labels)
+    report_level("single tracklet", labels)
     if levels > 1:  # a cut has found the other half of a switch already
         labels = single_video(features, labels, video, track, frame, sigma, tau, min_images, cannot_link, recover=not split)
-        tell("single video", labels)
+        report_level("single video", labels)
     if levels > 2:
         labels = cross_video(features, labels, video, frame, sigma, tau, window, stride, cannot_link)
-        tell("cross video", labels)
+        report_level("cross video", labels)
     return labels[back]
 
 
@@ -625,15 +625,16 @@ def denoise_tracklets(tracklets, features, scratch, truth=None, sigma=None, tau=
     if truth is not None:
         header, line = header + "   precision  recall     F1", line + "   {precision:>9.3f}  {recall:>6.3f}  {f1:>5.3f}"
 
-    def tell(level, labels, share):
+    def print_level(level, labels, share):
         full[rows], kept = labels, int((labels >= 0).sum())
         identities = int((np.bincount(labels + 1)[1:] > 0).sum())
         figures = dict(level=level, identities=identities, images_kept=kept, noise_images=share[0], noise_identities=share[1])
         levels.append(figures | ({} if truth is None else pairwise_scores(full, truth)))
         print_line(line.format(**levels[-1]))
 
-    with replacing(scratch, keep=False) as first, replacing(Path(scratch).with_suffix(".smooth"), keep=False) as second:
-        sharp, placed = (np.lib.format.open_memmap(file, "w+", np.float16, (len(rows), space.matrix.shape[1])) for file in (first, second))
+    with replacing(scratch, keep=False) as sharp_file, replacing(Path(scratch).with_suffix(".smooth"), keep=False) as smooth_file:
+        shape = len(rows), space.matrix.shape[1]
+        sharp, placed = (np.lib.format.open_memmap(file, "w+", np.float16, shape) for file in (sharp_file, smooth_file))
         place(features, *index, space, 0, sharp)
         place(features, *index, space, smooth, placed)
         chosen = calibrate(placed, *index, print_line)
@@ -641,7 +642,7 @@ def denoise_tracklets(tracklets, features, scratch, truth=None, sigma=None, tau=
         print_line(f"sigma {sigma:.3f}, tau {tau:.3f} (calibrated: {chosen[0]:.3f}, {chosen[1]:.3f}) in "
                    f"{placed.shape[1]} dimensions of {space.matrix.shape[0]}")
         print_line(header)
-        denoise(placed, *index, sigma, tau, cut_by=sharp, report=tell, **options)
+        denoise(placed, *index, sigma, tau, cut_by=sharp, report=print_level, **options)
     before, after = ((figures["noise_images"], figures["noise_identities"]) for figures in (levels[0], levels[-1]))
     report = levels[-1] | {"noise_before": before, "noise_after": after, "levels": levels}
     report |= {"f1_tracklets": levels[0]["f1"]} if truth is not None else {}

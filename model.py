@@ -204,7 +204,7 @@ def build_timm(name: str) -> nn.Module:
             def forward(self, images: Tensor) -> Tensor:
                 self.grid = tuple((side + 1) // 2 // 8 for side in images.shape[2:])  # as its strided convolutions round
                 return super().forward(images)
-        model.__class__ = AnySize
+        model.__class__ = AnySize  # not a wrapper, so that weights keep their names
     return model
 
 
