@@ -141,7 +141,8 @@ def read_annotation(file) -> tuple[np.ndarray, np.ndarray]:
     Raises ValueError for anything but that format, for paths that leave the root they are relative to, or that come twice."""
     paths, ids = [], []
 
-    def take(entry):  # millions of dicts would take gigabytes: each is read and dropped
+    def take(entry):
+        """Keep what an entry says, not the entry: millions of dicts would take gigabytes."""
         entry = dict(entry)
         path = entry["file_path"]
         ids.append(entry["id"])
@@ -471,6 +472,7 @@ def track_people(random, people: int, videos: int, frames: tuple[int, int], swit
             crowds[video].append(person)
 
     def start(video, track, person, n):
+        """A walk of n boxes, beginning somewhere in the video."""
         walk = np.zeros(n, BOX)
         walk["video"], walk["track"], walk["person"] = video, track, person
         walk["frame"] = random.integers(0, 2 * frames[1]) + np.arange(n)
@@ -584,6 +586,7 @@ def draw_person(image: np.ndarray, x: np.ndarray, y: np.ndarray, pixels: np.ndar
     handbag = 0.13 * girth * np.sign(front)  # in the left hand
 
     def arm(s):
+        """Upper arm, forearm and hand of one side, s = -1 or 1."""
         shoulder, reach = s * 0.1 * girth * np.abs(front), -s * step * 0.8
         elbow, hand = shoulder + reach * 0.5 + s * 0.015, shoulder + reach
         return [(shoulder, 0.22, elbow, 0.36, 0.032 * girth, 0.026 * girth, top),
@@ -591,6 +594,7 @@ def draw_person(image: np.ndarray, x: np.ndarray, y: np.ndarray, pixels: np.ndar
                 (hand, 0.51, hand, 0.52, 0.018, 0.018, skin)]
 
     def leg(s):
+        """Thigh, shin and shoe of one side, s = -1 or 1."""
         hip, lift = s * 0.045 * girth * np.abs(front), 0.03 * np.maximum(0, s * np.cos(phase))
         knee, foot = hip + s * step * 0.6, hip + s * step
         return [(hip, 0.52, knee, 0.72, 0.05 * girth, 0.038 * girth, bottom),

@@ -626,6 +626,7 @@ def denoise_tracklets(tracklets, features, scratch, truth=None, sigma=None, tau=
         header, line = header + "   precision  recall     F1", line + "   {precision:>9.3f}  {recall:>6.3f}  {f1:>5.3f}"
 
     def print_level(level, labels, share):
+        """One line of the table, and its figures."""
         full[rows], kept = labels, int((labels >= 0).sum())
         identities = int((np.bincount(labels + 1)[1:] > 0).sum())
         figures = dict(level=level, identities=identities, images_kept=kept, noise_images=share[0], noise_identities=share[1])

@@ -110,7 +110,8 @@ def reranked(query, gallery, k1: int = 20, k2: int = 6, lambda_value: float = 0.
     Q, G, n = len(query), len(gallery), len(x)
     nearest, largest = nearest_neighbours(x, min(max(k1 + 1, k2), n))
 
-    def neighbours(k: int) -> csr_array:  # (n, n), 1 at the k nearest of each row's image, of which itself is one
+    def neighbours(k: int) -> csr_array:
+        """(n, n), 1 at the k nearest of each row's image, of which itself is one."""
         columns = nearest[:, :k]
         return csr_array((np.ones(columns.size, np.float32), columns.ravel(), np.arange(n + 1) * columns.shape[1]), shape=(n, n))
 
@@ -236,7 +237,8 @@ def read_mars(root: Path) -> tuple:
     identity (-1 is junk, 0 are distractors) and camera of each; query_IDX.mat numbers the queries. As in the authors' evaluation
     a query is in the gallery too, under its own camera. (Some codes leave queries out, and count 9,330.)"""
 
-    def table(name: str, columns: int) -> np.ndarray:  # the one table (n, columns) of a .mat file
+    def table(name: str, columns: int) -> np.ndarray:
+        """The one table (n, columns) of a .mat file."""
         try:
             (array,) = (value for key, value in loadmat(root / "info" / name).items() if not key.startswith("__"))
             return array.astype(np.int64).reshape(-1 if columns == 1 else len(array), columns)

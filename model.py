@@ -195,10 +195,12 @@ def build_timm(name: str) -> nn.Module:
             if not option:
                 raise
     model.embed_dim = getattr(model, "head_hidden_size", None) or model.num_features
-    if volo:  # it adds position embeddings of one size to any tokens; these follow the input
+    if volo:
         class AnySize(type(model)):
+            """VOLO adds position embeddings of one size to any tokens; these follow the input."""
             @property
             def pos_embed(self) -> Tensor:
+                """The embeddings for the grid of the last input."""
                 return resize_positions(self._parameters["pos_embed"].flatten(1, 2), (16, 8), self.grid).unflatten(1, self.grid)
 
             def forward(self, images: Tensor) -> Tensor:
