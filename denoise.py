@@ -24,7 +24,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torchvision.utils import make_grid, save_image
 
-from data import Images, find_splits, framed, read_labels, read_tracklets, refuse_unreadable, replacing, write_labels
+from data import Images, find_splits, framed, read_labels, read_tracklets, refuse_unreadable, replacing, require, write_labels
 from model import extract_to_file, load_backbone
 
 TOLERANCE = 1e-6  # of float32 arithmetic, in cosine distance
@@ -114,12 +114,10 @@ def centroids_of(features, labels: np.ndarray) -> np.ndarray:
 def check_thresholds(sigma, tau, min_images: int, window: int, stride: int, smooth: int = 0, levels: int = 3) -> None:
     """Raise ValueError for a setting out of its range; to be called before an hour goes into features."""
     for name, value in (("sigma", sigma), ("tau", tau)):
-        if value is not None and not 0 <= value <= 2:  # nan too
-            raise ValueError(f"{name}={value}: a cosine distance lies in [0, 2]")
-    if not 1 <= stride < window:
-        raise ValueError(f"stride={stride}, window={window}: ranges must overlap, so 1 <= stride < window")
-    if min_images < 1 or smooth < 0 or levels not in (1, 2, 3):
-        raise ValueError(f"min_images={min_images}, smooth={smooth}, levels={levels}: expected 1 or more, 0 or more, and 1, 2 or 3")
+        require(value is None or 0 <= value <= 2, f"{name}={value}: a cosine distance lies in [0, 2]")  # nan does not
+    require(1 <= stride < window, f"stride={stride}, window={window}: ranges must overlap, so 1 <= stride < window")
+    require(min_images >= 1 and smooth >= 0 and levels in (1, 2, 3),
+            f"min_images={min_images}, smooth={smooth}, levels={levels}: expected 1 or more, 0 or more, and 1, 2 or 3")
 
 
 def check_index(video, track, frame, features=None, name=lambda i: f"row {i}") -> tuple:
@@ -693,15 +691,11 @@ def main() -> None:
     args = parser.parse_args()
     out, rank = Path(args.out), int(os.environ.get("RANK", 0))
     written = [out, *(out.with_suffix(suffix) for suffix in (".summary.json", ".space.npz", ".png"))]
-    if out.suffix != ".json":
-        raise ValueError(f"--out {out}: expected a name that ends in .json")
+    require(out.suffix == ".json", f"--out {out}: expected a name that ends in .json")
     for file in written:
-        if file.exists() and not args.index:
-            raise ValueError(f"{file}: exists already; give another --out")
-    if args.features and args.weights:
-        raise ValueError("--features and --weights: give one of them")
-    if args.workers < 0:
-        raise ValueError(f"--workers {args.workers}: expected 0 or more")
+        require(args.index or not file.exists(), f"{file}: exists already; give another --out")
+    require(not (args.features and args.weights), "--features and --weights: give one of them")
+    require(args.workers >= 0, f"--workers {args.workers}: expected 0 or more")
     check_thresholds(args.sigma, args.tau, args.min_images, args.window, args.stride, args.smooth, args.levels)
     train_folder, test_folder = find_splits(args.data)
     tracklets = read_tracklets(train_folder)

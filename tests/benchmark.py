@@ -89,7 +89,7 @@ def encoded_walkers(noise: float, seed: int) -> tuple:
     root, run = Path("data") / name, Path("runs") / f"{name}-stage1"
     if not root.exists():
         data.draw_walkers(root, seed=seed, noise=noise)
-    if not (run / "last.pt").exists():
+    if not (run / "retrieval.png").exists():  # drawn at its end
         print(f"training an encoder on {root} ...", file=sys.stderr, flush=True)
         command = [sys.executable, ROOT / "train.py", "--arch", "r10ibn", "--data", root, "--recipe", "demo", "--seed", seed, "--name", run.name]
         subprocess.run([*map(str, command), "--tracklet_epochs", "4", "--epochs", "0", "0"], check=True, stdout=subprocess.DEVNULL)

@@ -34,7 +34,7 @@ def command(arch: str, seed, flags: str = "") -> str:
     return f"torchrun train.py --arch {arch} --seed {seed} {flags}".strip()
 
 
-def claim(arch: str, who: str) -> str:
+def claim(who: str) -> str:
     """The flags of a row of the claim's table."""
     return "" if who == "cion" else f"--identities {who}"
 
@@ -52,7 +52,7 @@ ROUNDS = {"1": "--rounds 1", "2": "--rounds 2", "3 (default)": ""}
 
 def commands() -> list[str]:
     """Every run, those of the main table first."""
-    runs = [command(arch, seed, claim(arch, who)) for arch, seeds in SEEDS.items() for seed in seeds for who in WHO]
+    runs = [command(arch, seed, claim(who)) for arch, seeds in SEEDS.items() for seed in seeds for who in WHO]
     for flags in (*LEVELS.values(), *GROWTH.values(), *ROUNDS.values()):
         runs += [command("r10ibn", seed, flags) for seed in (1, 2, 3)]
     runs += [command("r10ibn", seed, fewer(share, seed)) for share in SHARES for seed in (1, 2, 3)]
@@ -143,9 +143,9 @@ def claim_table(known: dict) -> str:
     """Who taught whom: mAP and R1 on held-out people, mean and standard deviation over seeds."""
     rows = []
     for arch, seeds in SEEDS.items():
-        any_run = of_seeds(known, arch, seeds, claim(arch, "cion"))
+        any_run = of_seeds(known, arch, seeds, claim("cion"))
         rows_of = {name: [run[key] for run in any_run] for name, key in (("random weights", "random"), ("colour histograms", "histogram"))}
-        rows_of |= {f"`{who}`": [last(run) for run in of_seeds(known, arch, seeds, claim(arch, who))] for who in WHO}
+        rows_of |= {f"`{who}`": [last(run) for run in of_seeds(known, arch, seeds, claim(who))] for who in WHO}
         for name, scores in rows_of.items():
             if scores:
                 rows.append([f"`{arch}`", name, spread([s["mAP"] for s in scores]), spread([s["R1"] for s in scores]), len(scores)])
@@ -156,7 +156,7 @@ def gap_table(known: dict) -> str:
     """The steps between the rows, each over the seeds that both have."""
     rows = []
     for arch, seeds in SEEDS.items():
-        scores = {who: {seed: last(run[0])["mAP"] for seed in seeds if (run := of_seeds(known, arch, [seed], claim(arch, who)))} for who in WHO}
+        scores = {who: {seed: last(run[0])["mAP"] for seed in seeds if (run := of_seeds(known, arch, [seed], claim(who)))} for who in WHO}
         for low, high in zip(WHO, WHO[1:]):
             both = [scores[high][seed] - scores[low][seed] for seed in seeds if seed in scores[low] and seed in scores[high]]
             if len(both) > 1:
@@ -178,7 +178,7 @@ def small_table(known: dict, what: str, choices: dict) -> str:
         runs = of_seeds(known, "r10ibn", (1, 2, 3), flags)
         if runs:
             f1 = [run["f1"][-1] for run in runs if "f1" in run]
-            if flags == claim("r10ibn", "tracklet"):  # measured where the same world was denoised
+            if flags == claim("tracklet"):  # measured where the same world was denoised
                 f1 = [run["f1_tracklets"] for run in of_seeds(known, "r10ibn", (1, 2, 3), "")]
             rows.append([name, f"{np.mean(f1):.3f}" if f1 else "", *(spread([last(run)[key] for run in runs]) for key in ("mAP", "R1")), len(runs)])
     return table([what, "F1 of the labels", "mAP", "R1", "seeds"], rows)
@@ -186,7 +186,7 @@ def small_table(known: dict, what: str, choices: dict) -> str:
 
 def row_commands() -> str:
     """The command of every row; a row's runs differ in the seed."""
-    rows = [(arch, SEEDS[arch], claim(arch, who)) for arch in SEEDS for who in WHO]
+    rows = [(arch, SEEDS[arch], claim(who)) for arch in SEEDS for who in WHO]
     rows += [("r10ibn", (1, 2, 3), flags) for flags in (*LEVELS.values(), *GROWTH.values(), *ROUNDS.values())]
     kept = {}
     for arch, seeds, flags in rows:
