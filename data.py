@@ -177,7 +177,7 @@ def read_labels(file, tracklets: Tracklets) -> np.ndarray:
 
 def read_identities(file, root) -> tuple[Tracklets, np.ndarray]:
     """The images that a CION-AL annotation names, as an index whose tracklets are its identities, and their labels (N,).
-    Nothing below the root is looked at and files may have any names, so millions of images of CION-AL are there at once."""
+    Nothing below the root is looked at, and files may have any names."""
     require(os.path.isdir(root), f"{root}: no such folder; {file} names images below it")
     paths, ids = read_annotation(file)
     parts = np.char.rpartition(paths, b"/")  # (n, 3): folder, slash, name
@@ -253,7 +253,8 @@ def sample_identities(labels: np.ndarray, K: int, batch: int, seed: int, epoch: 
     """The batches of one epoch: image indices (steps, batch), K images of each identity contiguous. Pure in its arguments.
 
     labels (N,), -1 for images left out. Every identity's images are shuffled and cut into groups of K, the remainder left for another
-    shuffle; one with fewer than K images repeats them. Groups are shuffled into batches, the last incomplete batch is dropped; where
+    shuffle; one with fewer than K images repeats them. Groups are shuffled into batches (one may hold two groups of an identity, which
+    do not teach each other; the released code draws distinct ones), the last incomplete batch is dropped; where
     `steps` asks for more than one pass, all is shuffled again. Rank r of w takes columns r * batch/w to (r + 1) * batch/w, so identities
     are not split and the union is the same for any w. Raises ValueError where K does not divide the batch or identities fill none."""
     check_batches(labels, [K], batch)

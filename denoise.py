@@ -123,15 +123,14 @@ def check_thresholds(sigma, tau, min_images: int, window: int, stride: int, smoo
 def check_index(video, track, frame, features=None, name=lambda i: f"row {i}") -> tuple:
     """video, track, frame as int64 (N,), and the order that sorts them, None if sorted. Raises ValueError, with the `name` of the image,
     for another length than that of the features (N, d), what are not whole numbers from 0, a track in two videos or twice in one frame."""
-    if features is not None and (len(features.shape) != 2 or not features.shape[0]):
-        raise ValueError(f"features: expected (N, d) with N of 1 or more, got {features.shape}")
+    if features is not None:
+        require(len(features.shape) == 2 and features.shape[0], f"features: expected (N, d) with N of 1 or more, got {features.shape}")
     index = []
     for kind, array in (("video", video), ("track", track), ("frame", frame)):
         array = np.asarray(array)
-        if array.ndim != 1 or array.dtype.kind not in "iuf":
-            raise ValueError(f"{kind}: expected whole numbers (N,), got {array.dtype} {array.shape}")
-        if features is not None and len(array) != features.shape[0]:
-            raise ValueError(f"{kind} has {len(array)} rows, features have {features.shape[0]}")
+        require(array.ndim == 1 and array.dtype.kind in "iuf", f"{kind}: expected whole numbers (N,), got {array.dtype} {array.shape}")
+        rows = len(array) if features is None else features.shape[0]
+        require(len(array) == rows, f"{kind} has {len(array)} rows, features have {rows}")
         with np.errstate(invalid="ignore"):  # nan
             index.append(array.astype(np.int64, copy=False))
         bad = np.flatnonzero((index[-1] != array) | (index[-1] < 0))
@@ -153,12 +152,12 @@ class Space(NamedTuple):
     """Where features are compared: x -> unit((x - shrunk mean of its video) @ matrix), found without a label."""
 
     mean: np.ndarray  # (d,) of all tracklets' means
-    prior: np.ndarray  # (), a video's mean counts the overall mean as this many tracklets more; infinite: no video's own mean
+    prior: np.ndarray  # (), weight of the overall mean in a video's mean, in tracklets; infinite: no video's own mean
     matrix: np.ndarray  # (d, k)
 
 
 def fit_space(features, video, track, center: bool = True, whiten: bool = True, dull: float = 0.9, most: int = 512) -> Space:
-    """The space in which what all images share, what a video shares, and what changes within a tracklet says little.
+    """The space of comparison: centred on videos, whitened, without directions that vary within tracklets as much as between people.
 
     features (N, d); video, track (N,). One pass, O(N d^2); memory is d x d, two rows for each video, and a few videos.
     center: subtract each video's mean (a camera makes its images alike), see `shrink`; the prior is the variance of tracklets within videos
@@ -194,8 +193,8 @@ def fit_space(features, video, track, center: bool = True, whiten: bool = True, 
 
 
 def video_means(x: np.ndarray, video: np.ndarray, track: np.ndarray) -> tuple:
-    """Of the images x (n, d) of v whole videos: their videos, 0..v-1 (n,); means (t, d) and sizes (t,) of tracklets; means (v, d) of
-    videos, which are those of their tracklets' means, and how many these are (v,)."""
+    """For images x (n, d) of v whole videos: the video of each, 0..v-1 (n,); means (t, d) and sizes (t,) of tracklets; means (v, d) of
+    videos, which are those of their tracklets' means, and their numbers of tracklets (v,)."""
     local = np.unique(video, return_inverse=True)[1]
     first, mine, size = np.unique(track, return_index=True, return_inverse=True, return_counts=True)[1:]
     c, home = sums_of(x, mine, 1 / size[mine]), local[first]
@@ -365,7 +364,7 @@ def merge(features, identities, moment, sigma: float, tau: float, cannot_link=Tr
 
     features (N, d); identities: n arrays of rows; moment (N,): a number for each (video, frame). Returns groups, lists of positions in
     `identities`. Exact: every pair closer than tau waits in a heap, and a refused pair can only come back in a larger union.
-    sums (n, d): of their unit features, if known; overwritten. fresh: bool (n,), two that are not have been refused before.
+    sums (n, d): of their unit features, if known; overwritten. fresh: bool (n,); pairs without a fresh one have been refused before.
     pairs: integers (m, 2), the only ones to consider, inherited by unions; all if None. `cross_video` gives sums and fresh, `follow` sums
     and pairs."""
     n, groups = len(identities), [[k] for k in range(len(identities))]
@@ -376,7 +375,7 @@ def merge(features, identities, moment, sigma: float, tau: float, cannot_link=Tr
     age, heap, read = np.zeros(n, np.int64), [], {}  # age: how often an identity has grown; -1 once it is part of another
 
     def offer(a: np.ndarray, b: np.ndarray) -> None:
-        """Put pairs a[k], b[k] closer than tau on the heap, unless their sums tell that one's members would on average be beyond sigma."""
+        """Put pairs a[k], b[k] closer than tau on the heap, unless the sums alone tell that the union breaks sigma."""
         dot, lengths = np.einsum("nd,nd->n", sums[a], sums[b]), np.sqrt(square[a] * square[b])
         union = np.sqrt(np.maximum(square[a] + square[b] + 2 * dot, 0))
         mean = np.minimum((square[a] + dot) / size[a], (square[b] + dot) / size[b])  # product of a part's members with the union's sum
@@ -527,9 +526,9 @@ def calibrate(features, video, track, frame, say=lambda text: None) -> tuple[flo
     """sigma and tau from the data, without a label: images of one tracklet are mostly one person, two tracklets seen in one frame are two
     people. features (N, d), in the space they will be compared in; the rest (N,). say is called with a sentence.
 
-    far: the distance that 85% of the centroids of tracklets seen together exceed (the closest pairs are often one person, mixed up by the
-    tracker). sigma lies halfway to far from the distance that 95% of images keep to the centroid of the rest of their tracklet; tau halfway
-    to far from the median distance between a tracklet's halves: a quantile of one kind alone would move with the tracker's faults.
+    sigma = (near + far) / 2, tau = (half + far) / 2: a quantile of one kind alone would move with the tracker's faults. far: the 15%
+    quantile of distances between centroids of tracklets seen together (the closest are often one person, mixed up by the tracker);
+    near: the 95% quantile from an image to the centroid of the rest of its tracklet; half: the median between a tracklet's halves.
     Measured on whole videos, evenly spread, of some 2^25 numbers."""
     video, track, frame = dense(np.asarray(video)), np.asarray(track), np.asarray(frame)
     rows = np.flatnonzero(video % -(-features.shape[0] * features.shape[1] // 2**25) == 0)

@@ -56,10 +56,10 @@ class Views:
         """uint8 images (B, 3, H, W) and n drawn views -> (n, 3, height, width) in [0, 1], view i of image i mod B."""
         x = self.crop_resize(images, drawn)
         for place, op in product(range(4), (op for op in range(4) if self.jitter[op])):
-            x = at(x, drawn["jitter"] & (drawn["order"][:, place] == op), lambda x, f: adjust(x, op, f), drawn["factors"][:, op])
-        x = at(x, drawn["grey"], lambda x: grey(x).repeat(1, 3, 1, 1))
-        x = at(x, drawn["sigma"] > 0, self.blur, drawn["sigma"])
-        return at(x, drawn["solarize"], lambda x: torch.where(x >= 0.5, 1 - x, x))
+            x = apply_to(x, drawn["jitter"] & (drawn["order"][:, place] == op), lambda x, f: adjust(x, op, f), drawn["factors"][:, op])
+        x = apply_to(x, drawn["grey"], lambda x: grey(x).repeat(1, 3, 1, 1))
+        x = apply_to(x, drawn["sigma"] > 0, self.blur, drawn["sigma"])
+        return apply_to(x, drawn["solarize"], lambda x: torch.where(x >= 0.5, 1 - x, x))
 
     def crop_resize(self, images: Tensor, drawn: dict[str, Tensor]) -> Tensor:
         """Crop, resize (bilinear with antialiasing, as PIL does it) and flip: uint8 (B, 3, H, W) -> (n, 3, height, width) in [0, 1]."""
@@ -85,7 +85,7 @@ class Views:
         return x
 
 
-def at(x: Tensor, chosen: Tensor, operation, *parameters: Tensor) -> Tensor:
+def apply_to(x: Tensor, chosen: Tensor, operation, *parameters: Tensor) -> Tensor:
     """Apply an operation to the chosen views of x, in place where it can. chosen, parameters: (n,), on the CPU: no device is waited for."""
     rows = chosen.nonzero()[:, 0]
     parameters = [p[rows].to(x.device, non_blocking=True)[:, None, None, None] for p in parameters]
@@ -231,8 +231,8 @@ def update_center(center: Tensor, teacher: Tensor, momentum: float = 0.9) -> Ten
 
 
 def sinkhorn(logits: Tensor, temp: float = 0.04, iterations: int = 3) -> Tensor:
-    """Teacher probabilities (..., D), float32, of logits (..., D): over the global batch every prototype is used equally (SwAV, Caron et
-    al., NeurIPS 2020). On logarithms, so that nothing under- or overflows; the result does not depend on how processes split the batch."""
+    """Teacher probabilities (..., D), float32, of logits (..., D): over the global batch all prototypes are used about equally (SwAV,
+    Caron et al., NeurIPS 2020). On logarithms, so that nothing under- or overflows; how processes split the batch changes nothing."""
     log_p = torch.log_softmax(logits.detach().float().flatten(0, -2) / temp, dim=-1)
     for _ in range(iterations):
         largest = all_reduce(log_p.max(0).values, dist.ReduceOp.MAX)
@@ -241,7 +241,7 @@ def sinkhorn(logits: Tensor, temp: float = 0.04, iterations: int = 3) -> Tensor:
     return log_p.exp_().view(logits.shape)
 
 
-def gauge(p: Tensor) -> tuple[float, int]:
+def teacher_statistics(p: Tensor) -> tuple[float, int]:
     """Mean entropy (nats) of the teacher's p (2, B, D) over the global batch, and how many prototypes are some image's first choice."""
     entropy = -(p * p.clamp(min=1e-30).log()).sum(-1).detach()
     counts = all_reduce(torch.stack([entropy.sum(), entropy.new_tensor(entropy.numel())]))
@@ -312,13 +312,13 @@ class Distillation:
         with torch.no_grad(), autocast:
             self.teacher.train()  # it normalises by its own batch, as the student does
             z, prototypes = zip(*[self.teacher(part[:2]) for part in parts])
-        taught = torch.cat(z, dim=1).float() @ prototypes[0].float().T  # logits (2, B, D)
+        logits = torch.cat(z, dim=1).float() @ prototypes[0].float().T  # (2, B, D)
         if s.centering == "sinkhorn":
-            p = sinkhorn(taught, now.teacher_temp)
+            p = sinkhorn(logits, now.teacher_temp)
         else:
-            p = torch.softmax((taught - self.center) / now.teacher_temp, dim=-1)
-            self.center.copy_(update_center(self.center, taught, s.center_momentum))
-        del taught
+            p = torch.softmax((logits - self.center) / now.teacher_temp, dim=-1)
+            self.center.copy_(update_center(self.center, logits, s.center_momentum))
+        del logits
 
         loss = torch.zeros((), device=self.device)
         for i, (part, target) in enumerate(zip(parts, p.chunk(s.accumulate, dim=1))):

@@ -32,13 +32,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from denoise import check_index, check_thresholds, denoise_tracklets, show_identities
-from distill import Distillation, Network, Views, all_reduce, collapse, gauge, show_views
+from distill import Distillation, Network, Views, all_reduce, collapse, show_views, teacher_statistics
 from evaluate import evaluate_features, label_tracklets, show_retrieval
 from model import Head, build, check_sizes, describe, extract, extract_to_file, load_weights
 
 @dataclass
 class Settings:
-    """Every flag of the run. Defaults are the paper's recipe (ResNet50-IBN); the comment behind each is its --help."""
+    """Every flag of the run. Defaults are the paper's recipe (ResNet50-IBN), or ours where it has none; a comment is its flag's --help."""
 
     arch: str = "r50ibn"  # backbone; `python model.py` lists them
     data: str = ""  # folder of tracklets, <video>/<track>_<frame>_<det>.jpg; none: walkers, drawn into data/walkers, or data/walkers-<seed>
@@ -93,6 +93,11 @@ class Settings:
     window: int = 16  # videos in the sliding range
     stride: int = 8  # videos by which it moves
     levels: int = 3  # of denoising: 1 within tracklets, 2 within videos, 3 across videos
+    smooth: int = 1  # images before and after that an image is averaged with
+    center: bool = True  # subtract each video's mean
+    whiten: bool = True  # divide out the covariance
+    split: bool = True  # cut identity switches
+    cannot_link: bool = True  # images of one frame are two people
     # this machine
     precision: str = "auto"  # of the networks: float32, bfloat16, float16; auto: the GPU's best half, float32 on a CPU
     compile: bool = False  # torch.compile the networks: minutes at the start, faster steps
@@ -109,7 +114,8 @@ DEMO = dict(
     prototypes=256, hidden=512, bottleneck=64, head_norm=True, centering="sinkhorn",
     lr=6e-3, freeze_last=0, ema=(0.95, 0.95), workers=1,
 )
-DEMO_LARGE = DEMO | dict(epoch_steps=40)  # networks that take seconds a step
+DEMO_LARGE = DEMO | dict(epoch_steps=36)  # networks that take seconds a step
+DENOISING = "min_images", "window", "stride", "levels", "smooth", "center", "whiten", "split", "cannot_link"  # as in denoise.py
 MAY_DIFFER = {"name", "workers", "log_every", "save_every"}  # settings that change nothing in the result
 RULES = [  # flags, what must hold of their values, and that in words
     ("recipe", lambda v: v in ("paper", "demo"), "paper or demo"),
@@ -148,6 +154,7 @@ def parse_settings(argv=None) -> Settings:
     demo = DEMO if flags.get("arch") == "r10ibn" else DEMO_LARGE
     s = Settings(**(demo if recipe == "demo" else {}) | flags | {"recipe": recipe})
     if s.identities == "instance":
+        data.require(set(flags.get("K", (1,))) == {1}, f"--K {s.K}: with --identities instance K is 1")
         s.K = (1,) * len(s.K)
     parts = [data_folder(s).resolve().name, s.arch.replace("/", "-")] + [s.identities] * (s.identities != "cion")
     s.name = s.name or "-".join(parts)
@@ -173,7 +180,7 @@ def check_settings(s: Settings) -> None:
     phases = f"--K {s.K} has {len(s.K)} phases and --epochs {s.epochs} {len(s.epochs)}"
     data.require(len(s.K) == len(s.epochs), f"{phases}: give each its epochs")
     data.require(s.canvas[0] >= s.size[0] and s.canvas[1] >= s.size[1], f"--canvas {s.canvas} is smaller than --size {s.size}")
-    check_thresholds(*thresholds(s), s.min_images, s.window, s.stride, levels=s.levels)
+    check_thresholds(*thresholds(s), s.min_images, s.window, s.stride, s.smooth, s.levels)
     data.require(s.identities == "cion" or not (s.labels or s.weights), f"--identities {s.identities} goes without --labels and --weights")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     for K in s.K:
@@ -201,7 +208,7 @@ def schedule(s: Settings, step: int, total: int) -> Schedule:
 
 
 def plan_epochs(s: Settings) -> tuple[list[int], dict[int, str]]:
-    """K of every epoch, and before which epochs identities are found, with what the encoder so far is called in the log."""
+    """K of every epoch; and, by the epoch before which identities are found, what the encoder is called in the log."""
     first = 0 if s.weights or s.labels else s.tracklet_epochs
     Ks = [s.K[0]] * first + [K for K, n in zip(s.K, s.epochs) for _ in range(n)]
     if s.identities != "cion" or s.labels:
@@ -376,7 +383,7 @@ def read_state(file: Path) -> dict:
 
 def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.ndarray, K: int, epoch: int, steps: int, total: int) -> None:
     """Identity-guided self-distillation on labels (N,), from run.step to the end of the epoch, of so many steps; total counts those of
-    all epochs, over which the schedules run (the released code's run off their end where K grows).
+    all epochs, over which the schedules run (the released code lays them out for the steps of the first K).
 
     Raises ValueError where images are unreadable or identities too few, FloatingPointError where the loss is not finite.
     """
@@ -394,7 +401,7 @@ def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.n
 
         if run.step % s.log_every == 0 or run.step == total:
             run.check_finite()
-            loss, uniform, (entropy, used) = (all_reduce(loss) / run.world_size).item(), math.log(s.prototypes), gauge(p)
+            loss, uniform, (entropy, used) = (all_reduce(loss) / run.world_size).item(), math.log(s.prototypes), teacher_statistics(p)
             rate = (run.step - first_step) * s.batch / (time.time() - clock)
             left = (total - run.step) * s.batch / rate
             run.say("", f"step {run.step:>5,}/{total:,}  K {K}  loss {loss:.3f} of {uniform:.3f}  entropy {entropy / uniform:4.0%}  "
@@ -428,8 +435,8 @@ def view_kinds(s: Settings) -> list[Views]:
 
 
 def read_inputs(run: Run) -> tuple:
-    """Find the tracklets, or draw walkers, and refuse what cannot be trained on: the index, whom stage 1 takes each image for (N,),
-    or who was given, the truth (N,) where it is known, and the held-out split or None."""
+    """Find the tracklets, or draw walkers, and refuse what cannot be trained on: the index, the labels (N,) of stage 1 or those given,
+    the truth (N,) where it is known, and the held-out split or None."""
     s, root, clock, drawn = run.settings, data_folder(run.settings), time.time(), ""
     if not s.data and run.rank == 0 and not root.exists():
         run.say("data", f"drawing walkers into {root}/")
@@ -484,7 +491,7 @@ def find_identities(run: Run, tracklets, truth: np.ndarray | None) -> None:
                 file.unlink()
         labels, report, space = denoise_tracklets(
             tracklets, features, run.folder / "features.scratch", truth, *thresholds(s), print_line=lambda text: run.say("", text),
-            min_images=s.min_images, window=s.window, stride=s.stride, levels=s.levels,
+            **{name: getattr(s, name) for name in DENOISING},
         )
         run.unreadable.update(report.pop("unreadable"))
         run.log("denoise", step=run.step, **report)

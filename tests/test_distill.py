@@ -366,13 +366,13 @@ def test_teachers_batch_statistics_are_its_own():
     assert torch.equal(teacher.running_mean, before)
 
 
-def test_gauge_of_uniform_certain_and_mixed():
-    entropy, used = distill.gauge(torch.full((2, 3, 8), 1 / 8))
+def test_teacher_statistics_of_uniform_certain_and_mixed():
+    entropy, used = distill.teacher_statistics(torch.full((2, 3, 8), 1 / 8))
     assert entropy == pytest.approx(math.log(8), abs=1e-5)
     certain = torch.zeros(2, 4, 8)
     certain[:, :, 5] = 1
-    assert distill.gauge(certain) == (pytest.approx(0, abs=1e-6), 1)
-    assert distill.gauge(torch.eye(8).view(2, 4, 8)) == (pytest.approx(0, abs=1e-6), 8)
+    assert distill.teacher_statistics(certain) == (pytest.approx(0, abs=1e-6), 1)
+    assert distill.teacher_statistics(torch.eye(8).view(2, 4, 8)) == (pytest.approx(0, abs=1e-6), 8)
 
 
 def test_each_collapse_is_named_with_a_way_out_and_health_is_not():
