@@ -46,7 +46,7 @@ class Settings:
     name: str = ""  # folder below runs/ (default: data and arch); the same command resumes what is there
     weights: str = ""  # backbone weights that replace stage 1
     labels: str = ""  # annotation JSON of identities that replaces stage 1 and denoising
-    identities: str = "cion"  # who teaches whom: cion (denoised), or instance (each image itself: DINO), tracklet (raw), true (train.json)
+    identities: str = "cion"  # who teaches whom: cion (denoised), instance (itself: DINO, K 1), tracklet (raw), true (train.json)
     seed: int = 0  # of everything random
     # views
     size: tuple[int, int] = (256, 128)  # global crops and evaluation: height, width
@@ -154,7 +154,6 @@ def parse_settings(argv=None) -> Settings:
     demo = DEMO if flags.get("arch") == "r10ibn" else DEMO_LARGE
     s = Settings(**(demo if recipe == "demo" else {}) | flags | {"recipe": recipe})
     if s.identities == "instance":
-        data.require(set(flags.get("K", (1,))) == {1}, f"--K {s.K}: with --identities instance K is 1")
         s.K = (1,) * len(s.K)
     parts = [data_folder(s).resolve().name, s.arch.replace("/", "-")] + [s.identities] * (s.identities != "cion")
     s.name = s.name or "-".join(parts)

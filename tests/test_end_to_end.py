@@ -90,6 +90,17 @@ def test_denoising_up_to_a_level(walkers, tmp_path):
         assert (tracks > len(np.unique(labels[kept]))) == (levels == 2)
 
 
+def test_denoising_without_what_the_paper_does_not_have(walkers, tmp_path):
+    """The flags reach denoise.py: no centring and no whitening leave features as they are, no cut leaves tracklets whole."""
+    t, off = data.read_tracklets(walkers / "train"), ["--no-center", "--no-whiten", "--no-split", "--smooth", 0]
+    run(tmp_path, "train.py", "--data", walkers, "--levels", 1, "--name", "off", *TINY, "--epoch_steps", 4, "--rounds", 1, *off)
+    space = np.load(tmp_path / "runs" / "off" / "space.npz")
+    assert np.isinf(space["prior"]) and (space["matrix"] == np.eye(len(space["matrix"]))).all()
+    labels = data.read_labels(tmp_path / "runs" / "off" / "identities.json", t)
+    kept = labels >= 0
+    assert len(np.unique(np.stack([labels[kept], t.track[kept]]), axis=1).T) == len(np.unique(t.track[kept]))
+
+
 def test_training_changed_the_weights_and_kept_them_finite(finished):
     state = torch.load(finished[0] / "runs" / "tiny" / "last.pt", weights_only=True)
     assert list(state["results"]) == ["random", "tracklet", "round 1", "cion"] and state["step"] == 36
