@@ -41,6 +41,15 @@ def test_functions_are_where_the_readme_says():
         assert name in defined(file), f"{name} is not in {file}"
 
 
+def test_files_import_as_the_readme_draws_it():
+    steps = [re.findall(r"\w+\.py", step) for step in re.search(r"^    data\.py  <-.*$", README, re.MULTILINE)[0].split("<-")]
+    assert sorted(sum(steps, [])) == sorted(FILES)
+    for n, step in enumerate(steps):
+        for file in step:
+            ours = set(re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / file).read_text(), re.MULTILINE)) & {name[:-3] for name in FILES}
+            assert ours <= {name[:-3] for name in sum(steps[:n], [])}, file
+
+
 def test_quoted_lines_are_the_codes():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 3
