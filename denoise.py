@@ -116,8 +116,8 @@ def check_thresholds(sigma, tau, min_images: int, window: int, stride: int, smoo
     for name, value in (("sigma", sigma), ("tau", tau)):
         require(value is None or 0 <= value <= 2, f"{name}={value}: a cosine distance lies in [0, 2]")  # nan does not
     require(1 <= stride < window, f"stride={stride}, window={window}: ranges must overlap, so 1 <= stride < window")
-    require(min_images >= 1 and smooth >= 0 and levels in (1, 2, 3),
-            f"min_images={min_images}, smooth={smooth}, levels={levels}: expected 1 or more, 0 or more, and 1, 2 or 3")
+    for name, value, low, high in (("min_images", min_images, 1, np.inf), ("smooth", smooth, 0, np.inf), ("levels", levels, 1, 3)):
+        require(low <= value <= high, f"{name}={value}: expected {low} to {high}")
 
 
 def check_index(video, track, frame, features=None, name=lambda i: f"row {i}") -> tuple:
@@ -647,7 +647,8 @@ def denoise_tracklets(tracklets, features, scratch, truth=None, sigma=None, tau=
     for name, values in (("tracklets", tracklets.track), ("videos", tracklets.video)):
         both = np.unique(full[full >= 0] * (values.max() + 1) + values[full >= 0])
         report[f"{name}_per_identity"] = len(both) / max(1, report["identities"])
-    print_line("an identity spans {tracklets_per_identity:.1f} tracklets, {videos_per_identity:.1f} videos".format(**report))
+    print_line("an identity spans {tracklets_per_identity:.1f} tracklets, {videos_per_identity:.1f} videos".format(**report)
+               + "; there is one video only, so level 3 had nothing to compare" * (len(tracklets.folders) == 1))
     return full, report | {"sigma": sigma, "tau": tau, "seconds": time.time() - clock, "unreadable": unreadable.tolist()}, space
 
 

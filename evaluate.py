@@ -191,8 +191,9 @@ def read_benchmark(root, labels=None, say=print) -> Benchmark:
             require(not (there and missing), f"{root}: has {', '.join(there)} but no {', no '.join(missing)}: half a download?")
             if there:
                 return build_benchmark(root, *read(root), say)
-        require((root / "test.json").is_file(), f"{root}: no such folder, or no benchmark: expected Market-1501 or DukeMTMC-reID (query/), "
-              "MSMT17 (list_query.txt), MARS (info/query_IDX.mat), or tracklets in test/ with identities in test.json (or --labels)")
+        why = "no benchmark" if root.is_dir() else "no such folder"
+        require((root / "test.json").is_file(), f"{root}: {why}; expected Market-1501 or DukeMTMC-reID (query/), "
+                "MSMT17 (list_query.txt), MARS (info/query_IDX.mat), or tracklets in test/ with identities in test.json (or --labels)")
     tracklets = read_tracklets(root / "test" if (root / "test.json").exists() and (root / "test").exists() else root)
     ids = read_labels(labels or root / "test.json", tracklets)
     benchmark = label_tracklets(tracklets, ids)

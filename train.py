@@ -402,9 +402,9 @@ def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.n
             run.check_finite()
             loss, uniform, (entropy, used) = (all_reduce(loss) / run.world_size).item(), math.log(s.prototypes), teacher_statistics(p)
             rate = (run.step - first_step) * s.batch / (time.time() - clock)
-            left = (total - run.step) * s.batch / rate
+            left = round((total - run.step) * s.batch / rate)
             run.say("", f"step {run.step:>5,}/{total:,}  K {K}  loss {loss:.3f} of {uniform:.3f}  entropy {entropy / uniform:4.0%}  "
-                    f"used {used:,}  lr {now.lr:.1e}  {rate:6,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
+                    f"used {used:,}  lr {now.lr:.1e}  {rate:6,.0f} images/s  {left // 60}:{left % 60:02} left")
             run.log("train", stage=run.stage, step=run.step, epoch=epoch, K=K, loss=loss, entropy=entropy, entropy_share=entropy / uniform,
                     prototypes_used=used, images_per_second=rate, **now._asdict())
             words = collapse(loss, entropy, used, s.prototypes, s.batch // K) if run.step > s.warmup * total else ""
@@ -550,7 +550,7 @@ def main() -> None:
         if stage != run.stage or epoch in finds:
             run.stage, kept = stage, labels[labels >= 0]
             run.say(f"stage {1 + across}", f"{len(np.unique(kept)):,} {stage} identities of {len(kept):,} images, "
-                    f"{len(Ks) * steps:,} steps of {s.batch} in all")
+                    f"from step {run.step:,} of {len(Ks) * steps:,}, {s.batch} images each")
         train_epoch(run, network, optimizer, tracklets, labels, Ks[epoch], epoch, steps, len(Ks) * steps)
 
     if not run.done:

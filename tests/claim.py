@@ -3,7 +3,7 @@
     python tests/claim.py              # every run that docs/claim.jsonl does not hold yet, two at a time; goes on where it was stopped
     python tests/claim.py r10ibn       # of these, the runs whose command has this word
     python tests/claim.py --list       # the commands
-    python tests/claim.py --tables     # print the tables of README.md and docs/claim.md anew, from docs/claim.jsonl
+    python tests/claim.py --tables     # write the tables of README.md and docs/claim.md anew, from docs/claim.jsonl
 
 A seed draws a world of its own (the people and videos to learn from and the held-out ones) and everything random in training.
 The settings and the walkers' difficulty were chosen on seeds 0 and 11, the constants of denoise.py on 0, 1 and 2; the tables are of seeds 1 to 5, or
@@ -39,6 +39,11 @@ def command(arch: str, seed, flags: str = "") -> str:
 def claim(who: str) -> str:
     """The flags of a row of the claim's table."""
     return "" if who == "cion" else f"--identities {who}"
+
+
+def run_name(flags: str) -> str:
+    """Flags as a name."""
+    return re.sub(r"[^\w.]+", "-", flags).strip("-")
 
 
 def fewer(share: str, seed) -> str:
@@ -94,7 +99,7 @@ def run(line: str) -> None:
 
         people, videos = SHARES[data[1].rsplit("-", 1)[1] + "%"]
         draw_walkers(ROOT / data[1], seed, people, videos)
-    name = re.sub(r"[^\w.]+", "-", line.removeprefix("torchrun train.py --arch "))
+    name = run_name(line.removeprefix("torchrun train.py --arch "))
     folder, arguments = ROOT / "runs" / "claim" / name, line.split()[2:]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".log"), "a") as log:
@@ -189,8 +194,9 @@ def closed_table(known: dict) -> str:
 
 
 def small_table(known: dict, what: str, choices: dict, seeds=SMALL) -> str:
-    """One choice after the other, `r10ibn`: pairwise F1 of the labels that training ended with, and mAP."""
-    rows = []
+    """One choice after the other, `r10ibn`, on the same seeds: pairwise F1 of the labels that training ended with, and mAP."""
+    complete = [seed for seed in seeds if all(of_seeds(known, "r10ibn", [seed], flags) for flags in choices.values())]
+    rows, seeds = [], complete or seeds  # rows of other seeds are not to be compared
     for name, flags in choices.items():
         runs = of_seeds(known, "r10ibn", seeds, flags)
         if runs:
@@ -209,7 +215,8 @@ def row_commands() -> str:
     kept = {}
     for arch, seeds, flags in rows:
         kept.setdefault((arch, flags, seeds == TUNED), " ".join(map(str, seeds)))  # a row of two tables is of the first one's seeds
-    lines = [f"    for seed in {seeds}; do {command(arch, '$seed', flags)}; done" for (arch, flags, _), seeds in kept.items()]
+    named = lambda flags: flags if re.fullmatch(r"(--identities \w+)?", flags) else f"{flags} --name {run_name(flags)}-$seed"  # else the default's
+    lines = [f"    for seed in {seeds}; do {command(arch, '$seed', named(flags))}; done" for (arch, flags, _), seeds in kept.items()]
     for share, (people, videos) in SHARES.items():
         draw = f"python -c \"from data import draw_walkers; draw_walkers('data/walkers-$seed-{share.rstrip('%')}', $seed, {people}, {videos})\""
         lines.append(f"    for seed in {' '.join(map(str, SMALL))}; do {draw}; {command('r10ibn', '$seed', fewer(share, '$seed'))}; done")
@@ -237,7 +244,7 @@ def main() -> str | None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("words", nargs="*", help="only runs whose command has one of these words")
     parser.add_argument("--list", action="store_true", help="print the commands")
-    parser.add_argument("--tables", action="store_true", help="print the tables into README.md and docs/claim.md")
+    parser.add_argument("--tables", action="store_true", help="write the tables of README.md and docs/claim.md anew")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     args = parser.parse_args()
     wanted = [line for line in commands() if not args.words or any(word in line for word in args.words)]

@@ -216,6 +216,7 @@ def test_two_processes_share_the_work_and_find_the_same_identities(finished, wal
 
 def test_what_cannot_work_is_said_before_the_first_step(walkers, tmp_path):
     assert "no such folder" in run(tmp_path, "train.py", "--data", tmp_path / "nowhere", *TINY, fails=True)
+    assert "hold people out" in run(tmp_path, "train.py", "--data", walkers.parent, *TINY, fails=True)
     assert "is not a multiple of K=4" in run(tmp_path, "train.py", "--data", walkers, *TINY, "--batch", 4, launcher=[*TORCHRUN, "--nproc_per_node=2"], fails=True)
     (tmp_path / "bad.json").write_text('[{"file_path": "../../etc/passwd.jpg", "id": 1}]')
     assert "leave the folder" in run(tmp_path, "train.py", "--data", walkers, "--labels", "bad.json", *TINY, fails=True)
