@@ -28,6 +28,7 @@ from data import Images, find_splits, framed, read_labels, read_tracklets, refus
 from model import extract_to_file, load_backbone
 
 TOLERANCE = 1e-6  # of float32 arithmetic, in cosine distance
+OPTIONS = "min_images", "window", "stride", "levels", "smooth", "center", "whiten", "split", "cannot_link"  # flags here and in train.py
 
 
 def unit(features, rows=0) -> np.ndarray:
@@ -723,8 +724,7 @@ def main() -> None:
             dist.destroy_process_group()
     if rank > 0:
         return
-    names = ("sigma", "tau", "min_images", "window", "stride", "levels", "smooth", "center", "whiten", "split", "cannot_link")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in ("sigma", "tau", *OPTIONS)}
     scratch = out.with_suffix(".scratch")
     labels, report, space = denoise_tracklets(tracklets, features, scratch, truth, zeros=not args.features, **options)
     write_labels(out, tracklets, labels)

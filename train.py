@@ -31,7 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from denoise import check_index, check_thresholds, denoise_tracklets, show_identities
+from denoise import OPTIONS, check_index, check_thresholds, denoise_tracklets, show_identities
 from distill import Distillation, Network, Views, all_reduce, collapse, show_views, teacher_statistics
 from evaluate import evaluate_features, label_tracklets, show_retrieval
 from model import Head, build, check_sizes, describe, extract, extract_to_file, load_weights
@@ -115,7 +115,6 @@ DEMO = dict(
     lr=6e-3, freeze_last=0, ema=(0.95, 0.95), workers=1,
 )
 DEMO_LARGE = DEMO | dict(epoch_steps=36)  # networks that take seconds a step
-DENOISING = "min_images", "window", "stride", "levels", "smooth", "center", "whiten", "split", "cannot_link"  # as in denoise.py
 MAY_DIFFER = {"name", "workers", "log_every", "save_every"}  # settings that change nothing in the result
 RULES = [  # flags, what must hold of their values, and that in words
     ("recipe", lambda v: v in ("paper", "demo"), "paper or demo"),
@@ -490,7 +489,7 @@ def find_identities(run: Run, tracklets, truth: np.ndarray | None) -> None:
                 file.unlink()
         labels, report, space = denoise_tracklets(
             tracklets, features, run.folder / "features.scratch", truth, *thresholds(s), print_line=lambda text: run.say("", text),
-            **{name: getattr(s, name) for name in DENOISING},
+            **{name: getattr(s, name) for name in OPTIONS},
         )
         run.unreadable.update(report.pop("unreadable"))
         run.log("denoise", step=run.step, **report)
