@@ -100,7 +100,8 @@ def find_splits(root) -> tuple[Path, Path | None]:
     """root/train and root/test where both are there, else root and None. Without root/test.json, the truth, nothing is tested on."""
     train, test = Path(root) / "train", Path(root) / "test"
     if not (train.is_dir() and test.is_dir()):
-        refuse(root, list(Path(root).glob("*/test.json")), "folders below it hold people out, who would be learned from; give one of these")
+        held_out = [file for file in Path(root).glob("*/test.json") if file.with_suffix("").is_dir()]
+        refuse(root, held_out, "folders below it hold people out, who would be learned from; give one of these")
         return Path(root), None
     return train, test if test.with_suffix(".json").is_file() else None
 

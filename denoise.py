@@ -117,8 +117,9 @@ def check_thresholds(sigma, tau, min_images: int, window: int, stride: int, smoo
     for name, value in (("sigma", sigma), ("tau", tau)):
         require(value is None or 0 <= value <= 2, f"{name}={value}: a cosine distance lies in [0, 2]")  # nan does not
     require(1 <= stride < window, f"stride={stride}, window={window}: ranges must overlap, so 1 <= stride < window")
-    for name, value, low, high in (("min_images", min_images, 1, np.inf), ("smooth", smooth, 0, np.inf), ("levels", levels, 1, 3)):
-        require(low <= value <= high, f"{name}={value}: expected {low} to {high}")
+    for name, value, least in (("min_images", min_images, 1), ("smooth", smooth, 0)):
+        require(value >= least, f"{name}={value}: expected {least} or more")
+    require(levels in (1, 2, 3), f"levels={levels}: expected 1, 2 or 3")
 
 
 def check_index(video, track, frame, features=None, name=lambda i: f"row {i}") -> tuple:

@@ -55,7 +55,7 @@ LEVELS = {"raw tracklets": "--identities tracklet", "level 1, single tracklet": 
           "level 3, across videos": "", "the same without our additions": "--no-center --no-whiten --no-split --smooth 0"}  # fmt: skip
 GROWTH = {"2": "--K 2 2", "4": "--K 4 4", "8": "--K 8 8", "2, then 4 (default)": ""}
 ROUNDS = {"1": "--rounds 1", "2": "--rounds 2", "3 (default)": ""}
-TUNED = (11,)  # seeds on which the recipe was chosen
+TUNED = 11  # the seed on which the recipe was chosen
 RECIPE = {"the demo's": "", "no batch norm in the head": "--no-head_norm", "EMA 0.996 to 1, not 0.95": "--ema 0.996 1",
           "running center, not Sinkhorn": "--centering ema", "teacher's temperature 0.07, not 0.04": "--teacher_temp 0.07 0.07",
           "student's temperature 0.2, not 0.1": "--student_temp 0.2", "D 1,024, not 256": "--prototypes 1024", "D 64": "--prototypes 64",
@@ -70,7 +70,7 @@ def commands() -> list[str]:
     for flags in (*LEVELS.values(), *GROWTH.values(), *ROUNDS.values()):
         runs += [command("r10ibn", seed, flags) for seed in SMALL]
     runs += [command("r10ibn", seed, fewer(share, seed)) for share in SHARES for seed in SMALL]
-    runs += [command("r10ibn", TUNED[0], flags) for flags in RECIPE.values()]
+    runs += [command("r10ibn", TUNED, flags) for flags in RECIPE.values()]
     return list(dict.fromkeys(runs))
 
 
@@ -167,29 +167,33 @@ def claim_table(known: dict) -> str:
     return table(["network", "who teaches whom", "mAP", "R1", "seeds"], rows)
 
 
+def scores_of(known: dict, arch: str, rows) -> np.ndarray:
+    """mAP of these rows (instance, tracklet, ...) on the seeds that all of them have: (rows, seeds)."""
+    runs = [[run for who in rows for run in of_seeds(known, arch, [seed], claim(who))] for seed in SEEDS[arch]]
+    return np.array([[last(run)["mAP"] for run in of_seed] for of_seed in runs if len(of_seed) == len(rows)]).reshape(-1, len(rows)).T
+
+
 def gap_table(known: dict) -> str:
     """The steps between the rows, each over the seeds that both have."""
     rows = []
-    for arch, seeds in SEEDS.items():
-        scores = {who: {seed: last(run[0])["mAP"] for seed in seeds if (run := of_seeds(known, arch, [seed], claim(who)))} for who in WHO}
-        for low, high in zip(WHO, WHO[1:]):
-            both = [scores[high][seed] - scores[low][seed] for seed in seeds if seed in scores[low] and seed in scores[high]]
-            if len(both) > 1:
-                mean, error = 100 * np.mean(both), 100 * np.std(both, ddof=1) / np.sqrt(len(both))
-                reach = stats.t.ppf(0.975, len(both) - 1) * error
-                rows.append([f"`{arch}`", f"`{low}` to `{high}`", f"{mean:+.1f}", f"{error:.1f}", f"{mean - reach:+.1f} to {mean + reach:+.1f}", len(both)])
+    for arch in SEEDS:
+        for step in zip(WHO, WHO[1:]):
+            low, high = scores_of(known, arch, step)
+            if (n := len(low)) > 1:
+                mean, error = 100 * (high - low).mean(), 100 * (high - low).std(ddof=1) / np.sqrt(n)
+                reach = stats.t.ppf(0.975, n - 1) * error
+                rows.append([f"`{arch}`", "`{}` to `{}`".format(*step), f"{mean:+.1f}", f"{error:.1f}", f"{mean - reach:+.1f} to {mean + reach:+.1f}", n])
     return table(["network", "step", "mAP", "standard error", "95% interval", "seeds"], rows)
 
 
 def closed_table(known: dict) -> str:
     """The share of the step from tracklets to the truth that denoised identities make."""
     rows = []
-    for arch, seeds in SEEDS.items():
-        runs = [[run for who in WHO[1:] for run in of_seeds(known, arch, [seed], claim(who))] for seed in seeds]
-        if runs := [run for run in runs if len(run) == 3]:
-            tracklet, cion, true = np.array([[last(one)["mAP"] for one in run] for run in runs]).T
+    for arch in SEEDS:
+        tracklet, cion, true = scores_of(known, arch, WHO[1:])
+        if len(cion):
             closed = (cion - tracklet) / (true - tracklet)
-            rows.append([f"`{arch}`", f"{(cion - tracklet).mean() / (true - tracklet).mean():.0%}", f"{closed.min():.0%} to {closed.max():.0%}", len(runs)])
+            rows.append([f"`{arch}`", f"{(cion - tracklet).mean() / (true - tracklet).mean():.0%}", f"{closed.min():.0%} to {closed.max():.0%}", len(cion)])
     return table(["network", "share closed, of means", "of single seeds", "seeds"], rows)
 
 
@@ -211,12 +215,12 @@ def row_commands() -> str:
     """The command of every row; a row's runs differ in the seed."""
     rows = [(arch, SEEDS[arch], claim(who)) for arch in SEEDS for who in WHO]
     rows += [("r10ibn", SMALL, flags) for flags in (*LEVELS.values(), *GROWTH.values(), *ROUNDS.values())]
-    rows += [("r10ibn", TUNED, flags) for flags in RECIPE.values()]
     kept = {}
     for arch, seeds, flags in rows:
-        kept.setdefault((arch, flags, seeds == TUNED), " ".join(map(str, seeds)))  # a row of two tables is of the first one's seeds
-    named = lambda flags: flags if re.fullmatch(r"(--identities \w+)?", flags) else f"{flags} --name {run_name(flags)}-$seed"  # else the default's
-    lines = [f"    for seed in {seeds}; do {command(arch, '$seed', named(flags))}; done" for (arch, flags, _), seeds in kept.items()]
+        kept.setdefault((arch, flags), " ".join(map(str, seeds)))  # a row of two tables is of the first one's seeds
+    named = lambda flags, seed: flags if re.fullmatch(r"(--identities \w+)?", flags) else f"{flags} --name {run_name(flags)}-{seed}"  # else the default's
+    lines = [f"    for seed in {seeds}; do {command(arch, '$seed', named(flags, '$seed'))}; done" for (arch, flags), seeds in kept.items()]
+    lines += [f"    {command('r10ibn', TUNED, named(flags, TUNED))}" for flags in RECIPE.values()]
     for share, (people, videos) in SHARES.items():
         draw = f"python -c \"from data import draw_walkers; draw_walkers('data/walkers-$seed-{share.rstrip('%')}', $seed, {people}, {videos})\""
         lines.append(f"    for seed in {' '.join(map(str, SMALL))}; do {draw}; {command('r10ibn', '$seed', fewer(share, '$seed'))}; done")
@@ -228,7 +232,7 @@ def blocks(known: dict) -> dict[str, str]:
     shares = {share: (lambda seed, share=share: fewer(share, seed)) for share in SHARES} | {"100%": ""}
     return {"claim": claim_table(known), "gaps": gap_table(known), "closed": closed_table(known), "levels": small_table(known, "identities of stage 2", LEVELS),
             "growth": small_table(known, "K, phase by phase", GROWTH), "shares": small_table(known, "people and videos", shares),
-            "rounds": small_table(known, "rounds of denoising", ROUNDS), "recipe": small_table(known, "recipe", RECIPE, TUNED),
+            "rounds": small_table(known, "rounds of denoising", ROUNDS), "recipe": small_table(known, "recipe", RECIPE, [TUNED]),
             "commands": row_commands()}  # fmt: skip
 
 

@@ -390,7 +390,8 @@ def test_the_space_is_safe_for_few_images_and_for_images_all_alike(N, d):
     (dict(frame=(9, 0)), r"row 8 and row 9 are both of track 1, in one frame.* \(such pairs: 1\)"),
     (dict(video=(9, 2)), r"row 15 and row 9 are both of track 1, but of two videos.* \(such pairs: 1\)"),
     (dict(min_images=0), "min_images=0"),
-    (dict(levels=4), "levels=4: expected 1 to 3"),
+    (dict(levels=1.5), "levels=1.5: expected 1, 2 or 3"),
+    (dict(levels=4), "levels=4: expected 1, 2 or 3"),
     (dict(track=(9, -1)), "track of row 9 is -1.0: expected whole numbers from 0"),
     (dict(track=np.array(["a"] * 144)), "track: expected whole numbers"),
 ])  # fmt: skip

@@ -139,7 +139,10 @@ def test_denoise_takes_features_from_anywhere_and_other_thresholds_without_extra
     assert run(tmp_path, "denoise.py", "--data", walkers, "--index").split() == [t.path(i) for i in range(len(t))]
     features = np.load(file).astype(np.float32) * 3
     np.save(tmp_path / "mine.npy", features)
-    run(tmp_path, *flags[:3], "--features", "mine.npy", "--out", "c.json")
+    assert "one video only" not in run(tmp_path, *flags[:3], "--features", "mine.npy", "--out", "c.json")
+    np.save(tmp_path / "first.npy", features[t.video == 0])
+    output = run(tmp_path, "denoise.py", "--data", walkers / "train" / t.folders[0], "--features", "first.npy", "--out", "one.json")
+    assert "there is one video only, so level 3 had nothing to compare" in output
     a, b, c = (data.read_labels(tmp_path / f"{name}.json", t) for name in "abc")
     assert (a == c).all() and not (a == b).all()
     space = np.load(tmp_path / "a.space.npz")

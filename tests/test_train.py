@@ -58,7 +58,7 @@ def test_every_setting_has_a_line_of_help(capsys):
     (["--K", "0", "--epochs", "1"], r"--K \(0,\): expected numbers above 0"),
     (["--identities", "all"], "expected instance, tracklet, cion or true"),
     (["--identities", "true", "--labels", __file__], "goes without --labels"),
-    (["--levels", "4"], "levels=4: expected 1 to 3"),
+    (["--levels", "4"], "levels=4: expected 1, 2 or 3"),
     (["--rounds", "0"], "expected numbers above 0"),
     (["--recipe", "quick"], "expected paper or demo"),
     (["--centering", "none"], "expected ema or sinkhorn"),
