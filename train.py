@@ -110,11 +110,11 @@ class Settings:
 DEMO = dict(
     size=(64, 32), local_size=(32, 16), canvas=(64, 32), local_crops=2,
     jitter=(0.2, 0.2, 0.0, 0.0), grey=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0,
-    batch=64, tracklet_epochs=1, K=(2, 4), epochs=(2, 4), rounds=3, epoch_steps=90,
+    batch=64, tracklet_epochs=1, K=(2, 4), epochs=(2, 4), rounds=3, epoch_steps=36,
     prototypes=256, hidden=512, bottleneck=64, head_norm=True, centering="sinkhorn",
     lr=6e-3, freeze_last=0, ema=(0.95, 0.95), workers=1,
 )
-DEMO_LARGE = DEMO | dict(epoch_steps=36)  # networks that take seconds a step
+DEMO_STEPS = {"r10ibn": 90, "vit_tiny": 72}  # small networks have time for more steps an epoch
 MAY_DIFFER = {"name", "workers", "log_every", "save_every"}  # settings that change nothing in the result
 RULES = [  # flags, what must hold of their values, and that in words
     ("recipe", lambda v: v in ("paper", "demo"), "paper or demo"),
@@ -150,7 +150,7 @@ def parse_settings(argv=None) -> Settings:
         parser.add_argument(f"--{field.name}", **options)
     flags = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()}
     recipe = flags.get("recipe") or ("paper" if flags.get("data") else "demo")
-    demo = DEMO if flags.get("arch") == "r10ibn" else DEMO_LARGE
+    demo = DEMO | {"epoch_steps": DEMO_STEPS.get(flags.get("arch"), DEMO["epoch_steps"])}
     s = Settings(**(demo if recipe == "demo" else {}) | flags | {"recipe": recipe})
     if s.identities == "instance":
         s.K = (1,) * len(s.K)
