@@ -100,9 +100,9 @@ def run(line: str) -> None:
         people, videos = SHARES[data[1].rsplit("-", 1)[1] + "%"]
         draw_walkers(ROOT / data[1], seed, people, videos)
     name = run_name(line.removeprefix("torchrun train.py --arch "))
-    folder, arguments = ROOT / "runs" / "claim" / name, line.split()[2:]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".log"), "a") as log:
+    logs, arguments = ROOT / "runs" / "claim", line.split()[2:]
+    logs.mkdir(parents=True, exist_ok=True)
+    with open(logs / f"{name}.log", "a") as log:
         subprocess.run([sys.executable, "train.py", *arguments, "--name", f"claim-{name}", "--workers", "0"], cwd=ROOT, check=True,
                        stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     events = [json.loads(event) for event in open(ROOT / "runs" / f"claim-{name}" / "log.jsonl")]
