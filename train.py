@@ -114,7 +114,7 @@ DEMO = dict(
     prototypes=256, hidden=512, bottleneck=64, head_norm=True, centering="sinkhorn",
     lr=6e-3, freeze_last=0, ema=(0.95, 0.95), workers=1,
 )
-DEMO_STEPS = {"r10ibn": 90, "vit_tiny": 72}  # small networks have time for more steps an epoch
+DEMO_OF = {"r10ibn": dict(epoch_steps=90), "vit_tiny": dict(epoch_steps=72)}  # a step of other networks takes seconds
 MAY_DIFFER = {"name", "workers", "log_every", "save_every"}  # settings that change nothing in the result
 RULES = [  # flags, what must hold of their values, and that in words
     ("recipe", lambda v: v in ("paper", "demo"), "paper or demo"),
@@ -150,7 +150,7 @@ def parse_settings(argv=None) -> Settings:
         parser.add_argument(f"--{field.name}", **options)
     flags = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()}
     recipe = flags.get("recipe") or ("paper" if flags.get("data") else "demo")
-    demo = DEMO | {"epoch_steps": DEMO_STEPS.get(flags.get("arch"), DEMO["epoch_steps"])}
+    demo = DEMO | DEMO_OF.get(flags.get("arch"), {})
     s = Settings(**(demo if recipe == "demo" else {}) | flags | {"recipe": recipe})
     if s.identities == "instance":
         s.K = (1,) * len(s.K)

@@ -26,6 +26,10 @@ def test_recipes_and_flags_that_override_them():
     mine = train.parse_settings(["--arch", "r10ibn", "--size", "32", "16", "--K", "2", "4", "--epochs", "1", "3", "--lr", "1e-3", "--no-head_norm"])
     assert (mine.size, mine.K, mine.epochs, mine.lr, mine.head_norm, mine.name) == ((32, 16), (2, 4), (1, 3), 1e-3, False, "walkers-r10ibn")
     assert mine.batch == train.DEMO["batch"]
+    steps = {arch: train.parse_settings(["--arch", arch]).epoch_steps for arch in ("r10ibn", "vit_tiny", "r18ibn", "r50ibn")}
+    assert steps == {"r10ibn": 90, "vit_tiny": 72, "r18ibn": 36, "r50ibn": 36}
+    assert train.parse_settings(["--arch", "r10ibn", "--epoch_steps", "5"]).epoch_steps == 5
+    assert train.parse_settings(["--arch", "r10ibn", "--recipe", "paper"]).epoch_steps == train.Settings().epoch_steps
 
 
 def test_the_paper_recipe_is_the_papers():
