@@ -137,6 +137,11 @@ def test_denoise_takes_features_from_anywhere_and_other_thresholds_without_extra
     assert f"features: found in {file.name}" in output and "sigma 0.400, tau 0.300" in output and file.stat().st_mtime_ns == stamp
     t = data.read_tracklets(walkers / "train")
     assert run(tmp_path, "denoise.py", "--data", walkers, "--index").split() == [t.path(i) for i in range(len(t))]
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does when it has read enough
+    ended = subprocess.run(command("denoise.py", "--data", walkers, "--index"), cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert ended.returncode == 0 and not ended.stderr
     features = np.load(file).astype(np.float32) * 3
     np.save(tmp_path / "mine.npy", features)
     assert "one video only" not in run(tmp_path, *flags[:3], "--features", "mine.npy", "--out", "c.json")
