@@ -702,7 +702,10 @@ def main() -> None:
     train_folder, test_folder = find_splits(args.data)
     tracklets = read_tracklets(train_folder)
     if args.index:
-        return print("\n".join(map(tracklets.path, range(len(tracklets)))), flush=True)
+        try:
+            return print("\n".join(map(tracklets.path, range(len(tracklets)))), flush=True)
+        except BrokenPipeError:  # `| head` has read enough
+            return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     check_index(tracklets.video, tracklets.track, tracklets.frame, name=tracklets.path)
     say = print if rank == 0 else lambda text, **_: None
     say(f"{train_folder}: {tracklets}", flush=True)
@@ -742,7 +745,5 @@ if __name__ == "__main__":
         main()
     except ValueError as error:
         sys.exit(f"denoise.py: {error}")
-    except BrokenPipeError:  # --index | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit("denoise.py: stopped; the same command goes on with the features that are there")

@@ -114,7 +114,7 @@ DEMO = dict(
     prototypes=256, hidden=512, bottleneck=64, head_norm=True, centering="sinkhorn",
     lr=6e-3, freeze_last=0, ema=(0.95, 0.95), workers=1,
 )
-DEMO_OF = {"r10ibn": dict(epoch_steps=90), "vit_tiny": dict(epoch_steps=72)}  # a step of other networks takes seconds
+DEMO_OF = {"r10ibn": dict(epoch_steps=90), "vit_tiny": dict(epoch_steps=72)}  # r10ibn's steps are quick, vit_tiny needs more
 MAY_DIFFER = {"name", "workers", "log_every", "save_every"}  # settings that change nothing in the result
 RULES = [  # flags, what must hold of their values, and that in words
     ("recipe", lambda v: v in ("paper", "demo"), "paper or demo"),
