@@ -36,6 +36,7 @@ from distill import Distillation, Network, Views, all_reduce, collapse, show_vie
 from evaluate import evaluate_features, label_tracklets, show_retrieval
 from model import Head, build, check_sizes, describe, extract, extract_to_file, load_weights
 
+
 @dataclass
 class Settings:
     """Every flag of the run. Defaults are the paper's recipe (ResNet50-IBN), or ours where it has none; a comment is its flag's --help."""
@@ -363,7 +364,7 @@ def join_processes() -> tuple[int, int, torch.device]:
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # a store that was restarted holds dead processes' addresses
         store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
-                            timeout=timedelta(days=1))  # others wait while one denoises  # fmt: skip
+                            timeout=timedelta(days=1))  # others wait while one denoises
     return rank, world_size, device
 
 

@@ -71,7 +71,7 @@ class measured:
 def in_a_process(function: str, **options) -> dict:
     """Call a function of this file in a process of its own, for a memory that nothing else has used."""
     code = f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests')!r}); import benchmark as B; " \
-           f"print(json.dumps(B.{function}(**{options!r})))"  # fmt: skip
+           f"print(json.dumps(B.{function}(**{options!r})))"
     result = json.loads(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout)
     print(json.dumps(options | result), file=sys.stderr, flush=True)
     return result
@@ -151,7 +151,7 @@ def clusterings(x: np.ndarray, track: np.ndarray):
     grid = [(size, least, pick) for size in (4, 8, 16) for least in (1, 8) for pick in ("eom", "leaf")]
     yield "HDBSCAN", grid, lambda x, p: HDBSCAN(
         min_cluster_size=p[0], min_samples=p[1], metric="precomputed", cluster_selection_method=p[2], copy=True
-    ).fit_predict(matrix)  # fmt: skip
+    ).fit_predict(matrix)
 
 
 def mean_and_spread(values) -> str:
@@ -192,7 +192,7 @@ def denoise(args) -> None:
                         table.setdefault((name, space, chosen), []).append((scores(D.dense(np.asarray(labels)), truth), run))
             rows = [[*key, *(f"{np.mean([s[c] for s, _ in results]):.3f}" for c in columns), f"{np.ptp([s['f1'] for s, _ in results]) / 2:.3f}",
                      f"{np.mean([r.seconds for _, r in results]):.1f}", f"{np.mean([r.peak for _, r in results]):.2f}"]
-                    for key, results in table.items()]  # fmt: skip
+                    for key, results in table.items()]
             header = ["method", "features", "parameters", "precision", "recall", "F1", "ARI", "kept", "F1 ±", "seconds", "GiB"]
             print_rows(f"Tracker noise {noise}, mean of seeds {args.seeds}", header, rows)
 
@@ -206,7 +206,7 @@ def denoise(args) -> None:
                     s = scores(labels, case[-1])
                     rows.setdefault((noise, level), []).append([labels.max() + 1, s["kept"], share[0], share[1], s["precision"], s["recall"], s["f1"]])
         print_rows("Level by level, mean of seeds", ["tracker noise", "after", "identities", "kept", "noise: images", "noise: identities", "P", "R", "F1"],
-                   [[*key, f"{m[0]:.0f}", *(f"{v:.1%}" for v in m[1:4]), *(f"{v:.3f}" for v in m[4:])] for key, v in rows.items() for m in [np.mean(v, 0)]])  # fmt: skip
+                   [[*key, f"{m[0]:.0f}", *(f"{v:.1%}" for v in m[1:4]), *(f"{v:.3f}" for v in m[4:])] for key, v in rows.items() for m in [np.mean(v, 0)]])
 
     if "calibration" in args.parts:
         sigmas, taus = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0), (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
@@ -221,9 +221,9 @@ def denoise(args) -> None:
                 calibrated.append([*D.calibrate(placed, *case[1:4]), f1()])
                 best = np.unravel_index(np.argmax(grids[-1]), (len(sigmas), len(taus)))
                 rows.append([noise, seed, *(f"{v:.3f}" for v in calibrated[-1]), f"{np.max(grids[-1]):.3f}", sigmas[best[0]], taus[best[1]],
-                             f"{np.max(grids[-1]) - calibrated[-1][2]:+.3f}"])  # fmt: skip
+                             f"{np.max(grids[-1]) - calibrated[-1][2]:+.3f}"])
             print_rows(f"F1 by sigma and tau, tracker noise {noise}, mean of seeds {args.seeds}; calibrated: {np.mean(calibrated, 0)[2]:.3f}",
-                       ["sigma \\ tau", *taus], [[sigma, *(f"{v:.3f}" for v in row)] for sigma, row in zip(sigmas, np.mean(grids, 0))])  # fmt: skip
+                       ["sigma \\ tau", *taus], [[sigma, *(f"{v:.3f}" for v in row)] for sigma, row in zip(sigmas, np.mean(grids, 0))])
         print_rows("Calibrated, and the best of the grid", ["tracker noise", "seed", "sigma", "tau", "F1", "best F1", "at sigma", "at tau", "missed"], rows)
 
     if "ablation" in args.parts:
@@ -233,7 +233,7 @@ def denoise(args) -> None:
             "cut where smoothed features switch": dict(sharp_cuts=False), "not cut, the other half recovered": dict(split=False),
             "no cannot-link": dict(cannot_link=False), "min_images 1": dict(min_images=1), "min_images 4": dict(min_images=4), "min_images 6": dict(min_images=6),
             "range of 8 videos, not 16": dict(window=8, stride=4), "range of 32": dict(window=32, stride=16), "range of all": dict(window=99, stride=1),
-        }  # fmt: skip
+        }
         rows = []
         for name, options in variants.items():
             rows.append([name])
@@ -241,7 +241,7 @@ def denoise(args) -> None:
                 results = [D.pairwise_scores(ours(cases[noise, seed], **options), cases[noise, seed][-1]) for seed in args.seeds]
                 rows[-1] += [mean_and_spread([r["f1"] for r in results]), *(f"{np.mean([r[c] for r in results]):.2f}" for c in columns[:2])]
         print_rows("What each part is worth: F1 (mean of seeds ± half their range), precision, recall",
-                   ["", *(h for noise in args.noises for h in (f"F1, noise {noise}", "P", "R"))], rows)  # fmt: skip
+                   ["", *(h for noise in args.noises for h in (f"F1, noise {noise}", "P", "R"))], rows)
 
 
 # ---------------------------------------------------------------- scale
@@ -317,10 +317,10 @@ def run_scale(folder: str, **options) -> dict:
         sigma, tau = D.calibrate(placed, video, track, frame)
         lap("calibration")
         labels = D.denoise(placed, video, track, frame, sigma, tau, cut_by=sharp,
-                           report=lambda level, labels, share: lap(level), **options)  # fmt: skip
+                           report=lambda level, labels, share: lap(level), **options)
     seconds["check, noise"] = seconds.pop("tracklets")
     return figures | {"seconds": whole.seconds, "parts": seconds, "memory": whole.peak, "sigma": sigma, "tau": tau, "dims": placed.shape[1],
-                      "identities": int(labels.max()) + 1, "kept": float((labels >= 0).mean()), **D.pairwise_scores(labels, truth)}  # fmt: skip
+                      "identities": int(labels.max()) + 1, "kept": float((labels >= 0).mean()), **D.pairwise_scores(labels, truth)}
 
 
 def scale(args) -> None:
@@ -336,12 +336,12 @@ def scale(args) -> None:
     quality = lambda r: [f"{r['identities']:,}", *(f"{r[c]:.3f}" for c in ("precision", "recall", "f1"))]
     print_rows("Time and memory", ["images", "videos", "tracklets", "seconds", "microseconds an image", "GiB", "identities", "P", "R", "F1"],
                [[f"{r['images']:,}", f"{r['videos']:,}", f"{r['tracklets']:,}", f"{r['seconds']:.1f}", f"{1e6 * r['seconds'] / r['images']:.1f}",
-                 f"{r['memory']:.2f}", *quality(r)] for r in results])  # fmt: skip
+                 f"{r['memory']:.2f}", *quality(r)] for r in results])
     print_rows("Where the time goes, seconds", ["images", *results[0]["parts"]],
-               [[f"{r['images']:,}", *(f"{t:.1f}" for t in r["parts"].values())] for r in results])  # fmt: skip
+               [[f"{r['images']:,}", *(f"{t:.1f}" for t in r["parts"].values())] for r in results])
     if windows:
         print_rows(f"Width of the range, {windows[0][1]['images']:,} images", ["W", "seconds", "of them level 3", "identities", "P", "R", "F1"],
-                   [[w, f"{r['seconds']:.1f}", f"{r['parts']['cross video']:.1f}", *quality(r)] for w, r in windows])  # fmt: skip
+                   [[w, f"{r['seconds']:.1f}", f"{r['parts']['cross video']:.1f}", *quality(r)] for w, r in windows])
 
 
 # ---------------------------------------------------------------- the loss
@@ -404,13 +404,13 @@ def loss(args) -> None:
     for D in args.prototypes:
         for K in args.K:
             results = {how: in_a_process("run_loss", how=how, K=K, D=D, batch=args.batch, crops=args.crops, threads=args.threads)
-                       for how in ("double loop", "factorised", "ours")}  # fmt: skip
+                       for how in ("double loop", "factorised", "ours")}
             base = results["factorised"]
             for how, r in results.items():
                 rows.append([f"{D:,}", K, how, f"{r['seconds']:.2f}", f"{r['seconds'] / base['seconds']:.2f}", f"{r['memory']:.2f}",
-                             f"{r['memory'] / base['memory']:.2f}", f"{r['loss']:.5f}"])  # fmt: skip
+                             f"{r['memory'] / base['memory']:.2f}", f"{r['loss']:.5f}"])
     print_rows(f"Head and loss, forward and backward, {args.batch} images, {args.crops} crops, {args.threads} threads",
-               ["D", "K", "", "seconds", "of factorised", "GiB", "of factorised", "loss"], rows)  # fmt: skip
+               ["D", "K", "", "seconds", "of factorised", "GiB", "of factorised", "loss"], rows)
 
 
 # ---------------------------------------------------------------- views
@@ -429,7 +429,7 @@ def pil_views(settings) -> list:
             T.RandomResizedCrop(size, scale, s.ratio, Image.BILINEAR), T.RandomHorizontalFlip(),
             T.RandomApply([T.ColorJitter(*s.jitter)], 0.8), T.RandomGrayscale(s.grey), blur(blur_p),
             T.RandomSolarize(128, solarize), T.ToTensor(), T.Normalize(model.MEAN, model.STD),
-        ])  # fmt: skip
+        ])
 
     both = [kind(s.size, s.global_scale, s.blur[0]), kind(s.size, s.global_scale, s.blur[1], s.solarize)]
     return both + [kind(s.local_size, s.local_scale, s.blur[2])] * s.local_crops
@@ -473,7 +473,7 @@ def augment(args) -> None:
     total = {how: median["decoding", how] + median["views", how] for how in ("PIL", "ours")}
     rows.append(["both", f"{total['PIL']:.2f}", f"{total['ours']:.2f}", f"{total['PIL'] / total['ours']:.2f}"])
     print_rows(f"Milliseconds an image on one core, 2 + {s.local_crops} views at {s.size} and {s.local_size}, batches of {args.batch}, median of {args.repeat}",
-               ["", "PIL and torchvision", "ours", "faster"], rows)  # fmt: skip
+               ["", "PIL and torchvision", "ours", "faster"], rows)
 
 
 # ---------------------------------------------------------------- the index
@@ -493,7 +493,7 @@ def index_parts(images: int, videos: int, labelled: int, identities: int) -> dic
         name = np.concatenate([digits(track, 6), fixed(b"_"), digits(frame, 7), fixed(b"_00.jpg")], 1).view("S21")[:, 0]
         visited = [".", *sorted({f[:7] for f in folders}), *folders]
         np.savez(f"{root}.index.npz", changed=[(root / f).stat().st_mtime_ns for f in visited], visited=visited, folders=folders, name=name,
-                 video=np.sort(random.integers(0, videos, images)), track=track, frame=frame)  # fmt: skip
+                 video=np.sort(random.integers(0, videos, images)), track=track, frame=frame)
         del name, track, frame
         with measured() as run:
             tracklets = data.read_tracklets(root)
@@ -600,7 +600,7 @@ def step(args) -> None:
         tracklets = draw_images(Path(folder), args.batch, s.canvas)
         files = [tracklets.root / tracklets.path(i) for i in range(args.batch)]
         decode = {"plain": lambda: [Image.open(file).convert("RGB") for file in files],
-                  "ours": lambda: torch.stack([data.Images(tracklets, s.canvas)[i][0] for i in range(args.batch)])}  # fmt: skip
+                  "ours": lambda: torch.stack([data.Images(tracklets, s.canvas)[i][0] for i in range(args.batch)])}
         steps, views = {"plain": plain_step, "ours": our_step}, {"plain": pil_views(s), "ours": train.view_kinds(s)}
         times = {}
         for n in range(args.repeat + 1):  # the first is not counted
@@ -631,9 +631,9 @@ def step(args) -> None:
     rows = [[part, *(f"{seconds[how, part]:.2f}" for how in args.ways)] for part in parts]
     total = {how: sum(seconds[how, part] for part in parts) for how in args.ways}
     rows += [["step", *(f"{total[how]:.2f}" for how in args.ways)], ["images/s", *(f"{args.batch / total[how]:.2f}" for how in args.ways)],
-             ["arithmetic", *(f"{flops / rate / total[how]:.0%}" for how in args.ways)]]  # fmt: skip
+             ["arithmetic", *(f"{flops / rate / total[how]:.0%}" for how in args.ways)]]
     print_rows(f"Seconds of a step of {args.arch}, {args.batch} images, K {args.K}, {len(crops)} crops, D {s.prototypes:,}, {args.threads} threads, median of {args.repeat}",
-               ["", *args.ways], rows)  # fmt: skip
+               ["", *args.ways], rows)
     print(f"\nArithmetic: {flops / 1e9:,.0f} GFLOP a step would take {flops / rate:.2f} s at the {rate / 1e9:,.0f} GFLOP/s of a product of two 2,048 x 2,048 matrices.")
 
 
@@ -697,7 +697,7 @@ def evaluate(args) -> None:
             bare = None
             for what in ("bare product", "whole evaluation", "metric alone", *extra):
                 runs = [in_a_process("rank_one", benchmark=benchmark, strength=strength, what=what.replace("metric that sorts", "sorted"))
-                        for _ in range(1 if what in extra else args.repeat)]  # fmt: skip
+                        for _ in range(1 if what in extra else args.repeat)]
                 run = min(runs, key=lambda run: run["seconds"])
                 bare = bare or run["seconds"]
                 ratio = f"{run['seconds'] / bare:.2f}" if what in ("bare product", "whole evaluation") else ""
@@ -728,7 +728,7 @@ def crop(args) -> None:
         left, top, height = random.integers(0, 1800, 22), random.integers(0, 800, 22), random.integers(100, 260, 22)
         tracks = Path(folder) / "drawn.txt"
         tracks.write_text("".join(f"{n},{i},{left[i]},{top[i]},{int(0.4 * height[i])},{height[i]},1,-1,-1,-1\n"
-                                  for n in range(1, args.frames + 1) for i in range(22)))  # fmt: skip
+                                  for n in range(1, args.frames + 1) for i in range(22)))
 
         def decode(convert: bool) -> None:
             with av.open(str(video)) as container:
@@ -739,7 +739,7 @@ def crop(args) -> None:
 
         ways = {"decoding": lambda: decode(False), "decoding to RGB": lambda: decode(True),
                 "crops of every frame": lambda: data.crop(video, tracks, Path(folder) / "all"),
-                "crops of every 5th frame": lambda: data.crop(video, tracks, Path(folder) / "fifth", every=5)}  # fmt: skip
+                "crops of every 5th frame": lambda: data.crop(video, tracks, Path(folder) / "fifth", every=5)}
         rows = []
         for name, way in ways.items():
             with measured() as run:

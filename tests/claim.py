@@ -52,7 +52,7 @@ def fewer(share: str, seed) -> str:
 
 
 LEVELS = {"raw tracklets": "--identities tracklet", "level 1, single tracklet": "--levels 1", "level 2, single video": "--levels 2",
-          "level 3, across videos": "", "the same without our additions": "--no-center --no-whiten --no-split --smooth 0"}  # fmt: skip
+          "level 3, across videos": "", "the same without our additions": "--no-center --no-whiten --no-split --smooth 0"}
 GROWTH = {"2": "--K 2 2", "4": "--K 4 4", "8": "--K 8 8", "2, then 4 (default)": ""}
 ROUNDS = {"1": "--rounds 1", "2": "--rounds 2", "3 (default)": ""}
 TUNED = 11  # the seed on which the recipe was chosen
@@ -61,7 +61,7 @@ RECIPE = {"the demo's": "", "no batch norm in the head": "--no-head_norm", "EMA 
           "student's temperature 0.2, not 0.1": "--student_temp 0.2", "D 1,024, not 256": "--prototypes 1024", "D 64": "--prototypes 64",
           "lr 3e-3, not 6e-3": "--lr 3e-3", "lr 1.2e-2": "--lr 1.2e-2", "no local crops, not 2": "--local_crops 0",
           "local crops from 0.3 of the area on, not 0.05": "--local_scale 0.3 0.8", "no warm-up, not 10% of the steps": "--warmup 0",
-          "`instance`": claim("instance"), "`instance`, colours changed as in the paper": claim("instance") + " --jitter 0.4 0.4 0.2 0.1 --grey 0.2"}  # fmt: skip
+          "`instance`": claim("instance"), "`instance`, colours changed as in the paper": claim("instance") + " --jitter 0.4 0.4 0.2 0.1 --grey 0.2"}
 
 
 def commands() -> list[str]:
@@ -104,7 +104,7 @@ def run(line: str) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     with open(logs / f"{name}.log", "a") as log:
         subprocess.run([sys.executable, "train.py", *arguments, "--name", f"claim-{name}", "--workers", "0"], cwd=ROOT, check=True,
-                       stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                       stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     events = [json.loads(event) for event in open(ROOT / "runs" / f"claim-{name}" / "log.jsonl")]
     found = [event for event in events if event["event"] == "denoise"]
     scores = {event["stage"]: {"mAP": event["mAP"], "R1": event["R1"]} for event in events if event["event"] == "evaluate"}
@@ -233,7 +233,7 @@ def blocks(known: dict) -> dict[str, str]:
     return {"claim": claim_table(known), "gaps": gap_table(known), "closed": closed_table(known), "levels": small_table(known, "identities of stage 2", LEVELS),
             "growth": small_table(known, "K, phase by phase", GROWTH), "shares": small_table(known, "people and videos", shares),
             "rounds": small_table(known, "rounds of denoising", ROUNDS), "recipe": small_table(known, "recipe", RECIPE, [TUNED]),
-            "commands": row_commands()}  # fmt: skip
+            "commands": row_commands()}
 
 
 def fill(text: str, known: dict) -> str:

@@ -144,7 +144,7 @@ def test_ids_are_written_contiguous_from_one(tmp_path):
     ([{"file_path": 7, "id": 1}], "expected a JSON list"),
     (7, "expected a JSON list"),
     ([], "at least one entry"),
-])  # fmt: skip
+])
 def test_broken_annotations_are_refused(tmp_path, entries, message):
     t = data.read_tracklets(make_tree(tmp_path / "set", FILES))
     (tmp_path / "labels.json").write_text(json.dumps(entries))
@@ -330,10 +330,10 @@ def test_crops_show_what_the_boxes_held(tmp_path):
         (1, 7, 30, 20, 40, 60, 0.9, -1, -1, -1), (1, 3, 100.4, 50.6, 20, 30, 0.9, -1, -1, -1), (2, 7, 35, 20, 40, 60, 0.9, -1, -1, -1),
         (4, 3, 140, 100, 40, 60, 0.9, -1, -1, -1),  # hangs over the lower right corner
         (4, 7, -10, -5, 30, 25, 0.9, -1, -1, -1), (4, 9, 300, 20, 40, 60, 0.9, -1, -1, -1),  # over the upper left; outside
-    ])  # fmt: skip
+    ])
     count = data.crop(make_frames(tmp_path / "street", [1, 2, 3, 4]), tracks, tmp_path / "out")
     want = {"000007_0000001_00": (1, (30, 20), (40, 60)), "000003_0000001_01": (1, (100, 51), (20, 30)), "000007_0000002_00": (2, (35, 20), (40, 60)),
-            "000003_0000004_00": (4, (140, 100), (20, 20)), "000007_0000004_01": (4, (0, 0), (20, 20))}  # fmt: skip
+            "000003_0000004_00": (4, (140, 100), (20, 20)), "000007_0000004_01": (4, (0, 0), (20, 20))}
     folder = tmp_path / "out" / "street"
     assert {file.stem for file in folder.iterdir()} == set(want)
     for name, (number, corner, size) in want.items():
@@ -384,7 +384,7 @@ def test_flags_do_not_change_how_frames_are_counted(tmp_path):
     tracks = make_tracks(tmp_path / "t.txt", rows)
     data.crop(video, tracks, tmp_path / "out", confidence=0.5, every=3)
     assert {file.name: seen(file)[0] for file in (tmp_path / "out" / "walk").iterdir()} == {
-        "000001_0000003_00.jpg": 4, "000001_0000006_00.jpg": 7, "000001_0000009_00.jpg": 10}  # fmt: skip
+        "000001_0000003_00.jpg": 4, "000001_0000006_00.jpg": 7, "000001_0000009_00.jpg": 10}
     with pytest.raises(ValueError, match="1 of 10 boxes are on 1 frames that cannot be read .*, the first: 0; .* names frames 0 to 9, and the video's first is taken for frame 1"):
         data.crop(video, tracks, tmp_path / "first", first=1)
 
@@ -417,7 +417,7 @@ def test_motchallenges_truth_keeps_people_to_consider(tmp_path):
     ("1,2,3,4,5,6,1\n1,2.5,3,4,5,6,1\n", "line 2: expected a frame and a track in whole numbers"),
     ("1,2,3,4,nan,6,1\n", "line 1: expected"),
     ("1,-1,3,4,5,6,1\n2,-1,3,4,5,6,1\n", "these are detections, not tracks"),
-])  # fmt: skip
+])
 def test_broken_tracks_are_refused(tmp_path, text, message):
     (tmp_path / "t.txt").write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -359,7 +359,7 @@ def test_smoothing_averages_neighbours_in_time_of_the_same_tracklet():
     video, track, frame = np.zeros(6, int), np.array([0, 0, 0, 1, 1, 2]), np.array([2, 0, 1, 5, 6, 0])
     placed = D.place(features, video, track, frame, space, smooth=1)
     assert (placed > 0).tolist() == (np.array([[1, 0, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0],
-                                              [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]]) > 0).tolist()  # fmt: skip
+                                              [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]]) > 0).tolist()
     assert np.allclose(np.linalg.norm(placed, axis=1), 1)
 
 
@@ -394,7 +394,7 @@ def test_the_space_is_safe_for_few_images_and_for_images_all_alike(N, d):
     (dict(levels=4), "levels=4: expected 1, 2 or 3"),
     (dict(track=(9, -1)), "track of row 9 is -1.0: expected whole numbers from 0"),
     (dict(track=np.array(["a"] * 144)), "track: expected whole numbers"),
-])  # fmt: skip
+])
 def test_wrong_input_is_named(change, message):
     features, video, track, frame, _ = people(np.random.default_rng(0))
     arguments = dict(features=features, video=video, track=track, frame=frame, sigma=0.2, tau=0.2)

@@ -32,7 +32,7 @@ def test_crop_equals_torchvisions(scale):
 @pytest.mark.parametrize("operation, reference, factors", [
     (0, TF.adjust_brightness, [0.6, 1.0, 1.4]), (1, TF.adjust_contrast, [0.6, 1.0, 1.4]),
     (2, TF.adjust_saturation, [0.0, 0.8, 1.2]), (3, TF.adjust_hue, [-0.1, 0.0, 0.1]),
-])  # fmt: skip
+])
 def test_colour_equals_torchvisions(operation, reference, factors):
     images = uint8_images(3).float() / 255
     images[0, :, :4] = 0.5  # grey and black have no hue
@@ -275,7 +275,7 @@ def test_loss_knows_identities_and_nothing_else():
     student, teacher, center = logits()
     z, prototypes, p = units()
     for loss in (lambda order: distill.identity_loss(student[:, order], teacher[:, order], center, 4).item(),
-                 lambda order: distill.matching_loss(z[:, order], prototypes, p[:, order], 4).item()):  # fmt: skip
+                 lambda order: distill.matching_loss(z[:, order], prototypes, p[:, order], 4).item()):
         plain = loss([0, 1, 2, 3, 4, 5, 6, 7])
         assert loss([4, 5, 6, 7, 0, 1, 2, 3]) == pytest.approx(plain, abs=1e-12)  # identities in another order
         assert loss([0, 2, 1, 3, 4, 5, 6, 7]) == pytest.approx(plain, abs=1e-12)  # images of one identity swapped

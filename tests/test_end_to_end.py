@@ -15,7 +15,7 @@ import data
 from denoise import pairwise_scores
 
 TINY = "--recipe demo --arch r10ibn --size 32 16 --local_size 32 16 --canvas 32 16 --batch 16 --hidden 32 --bottleneck 16 --prototypes 32 " \
-       "--tracklet_epochs 1 --K 2 4 --epochs 1 1 --rounds 2 --epoch_steps 12 --log_every 3 --workers 0".split()  # fmt: skip
+       "--tracklet_epochs 1 --K 2 4 --epochs 1 1 --rounds 2 --epoch_steps 12 --log_every 3 --workers 0".split()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 

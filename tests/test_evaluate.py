@@ -230,7 +230,7 @@ MARKET = {
     "query": ["0001_c1s1_001051_00.jpg", "0001_c2s1_000301_00.jpg", "0003_c1s6_015971_00.jpg"],
     "bounding_box_test": ["-1_c1s1_000401_03.jpg", "-1_c6s4_002202_06.jpg", "0000_c1s1_000151_01.jpg", "0001_c1s1_001051_03.jpg",
                           "0001_c2s1_000301_02.jpg", "0003_c3s3_064744_04.jpg", "0003_c4s6_015641_01.jpg.jpg"],
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def test_market_1501(market, capsys):
 
 def test_dukes_names(tmp_path, capsys):
     for folder, names in {"bounding_box_train": ["0001_c2_f0046182.jpg"], "query": ["0005_c2_f0046985.jpg"],
-                          "bounding_box_test": ["0002_c1_f0044158.jpg", "0005_c8_f0079932.jpg"]}.items():  # fmt: skip
+                          "bounding_box_test": ["0002_c1_f0044158.jpg", "0005_c8_f0079932.jpg"]}.items():
         for name in names:
             write_image(tmp_path / "DukeMTMC-reID" / folder / name)
     benchmark = evaluate.read_benchmark(tmp_path / "DukeMTMC-reID")
@@ -308,7 +308,7 @@ MSMT17 = {
     "val": ["0000/0000_007_03_0303morning_0020_1.jpg 0"],
     "query": ["0000/0000_013_01_0303morning_0020_1_ex.jpg 0", "0001/0001_004_15_0302noon_0002_2.jpg 1"],
     "gallery": ["0000/0000_000_05_0303morning_0008_0.jpg 0", "0000/0000_001_01_0303morning_0010_0.jpg 0", "0001/0001_022_09_0302noon_1042_1.jpg 1"],
-}  # fmt: skip
+}
 
 
 def write_msmt17(root, train, test, end="\n"):

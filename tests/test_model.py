@@ -25,7 +25,7 @@ PUBLISHED = {
     "timm/repvit_m0_9": (4.72, 384), "timm/repvit_m1_0": (6.40, 448), "timm/repvit_m1_5": (13_616_384, 512),
     "timm/fastvit_s12": (8_448_576, 1024), "timm/fastvit_sa12": (10_555_968, 1024), "timm/fastvit_sa24": (20_529_216, 1024),
     "timm/volo_d1_224": (25.8, 384), "timm/volo_d2_224": (57.6, 512), "timm/volo_d3_224": (85.3, 512),
-}  # fmt: skip
+}
 
 
 def test_the_zoo_is_the_papers():
@@ -229,7 +229,7 @@ def test_unknown_arch_lists_the_known():
     lambda state: {"teacher": {f"module.backbone.{k}": v for k, v in state.items()} | {"module.head.mlp.0.weight": torch.ones(2)}, "student": {},
                    "epoch": 100, "args": argparse.Namespace(arch="resnet50_ibn", lr=5e-4)},
     lambda state: state | {"fc.weight": torch.ones(10, 256)},
-])  # fmt: skip
+])
 def test_weights_load_from_every_wrapping(tmp_path, wrap):
     source, target = model.build("r10ibn"), model.build("r10ibn")
     torch.save(wrap(source.state_dict()), tmp_path / "weights.pth")
@@ -308,7 +308,7 @@ def vit_file(dim: int, grid: int = 14) -> dict:
     """Names and shapes of timm's and DINO's ViTs with 16x16 patches."""
     own = {k: torch.randn_like(v) for k, v in model.ViT(dim, dim // 64).state_dict().items() if not k.startswith("patch_embed")}
     return own | {"pos_embed": torch.randn(1, 1 + grid * grid, dim), "patch_embed.proj.weight": torch.randn(dim, 3, 16, 16),
-                  "patch_embed.proj.bias": torch.randn(dim), "head.weight": torch.randn(10, dim)}  # fmt: skip
+                  "patch_embed.proj.bias": torch.randn(dim), "head.weight": torch.randn(10, dim)}
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"student": {}, "teacher": {f"module.backbone.{k}": v for k, v in s.items()}}])

@@ -80,7 +80,7 @@ def test_every_setting_has_a_line_of_help(capsys):
     (["--local_size", "16", "8"], "at least 32 16, which the networks need"),
     (["--weights", "nothing.pt"], "nothing.pt: expected a file"),
     (["--labels", "nothing.json"], "nothing.json: expected a file"),
-])  # fmt: skip
+])
 def test_settings_that_cannot_work_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         train.parse_settings(flags)
@@ -161,7 +161,7 @@ def run(tmp_path, monkeypatch):
     """A run with a tiny network, in this process."""
     monkeypatch.chdir(tmp_path)
     s = train.parse_settings("--recipe demo --arch r10ibn --size 32 16 --local_size 32 16 --canvas 32 16 --batch 8 --hidden 16 --bottleneck 8 "
-                             "--prototypes 16 --clip 0.001".split())  # fmt: skip
+                             "--prototypes 16 --clip 0.001".split())
     run = train.Run(s)
     yield run
     torch.distributed.destroy_process_group()
@@ -230,7 +230,7 @@ except (ValueError, FloatingPointError) as error:
     sys.exit(f"train.py: {{error}}")
 """
 FIVE_STEPS = "--recipe demo --arch small --size 32 16 --local_size 32 16 --canvas 32 16 --batch 16 --hidden 32 --bottleneck 16 --prototypes 32 --no-head_norm " \
-             "--K 4 --epochs 1 --epoch_steps 5 --log_every 1 --workers 0 --lr 1e-2 --name run".split()  # fmt: skip
+             "--K 4 --epochs 1 --epoch_steps 5 --log_every 1 --workers 0 --lr 1e-2 --name run".split()
 
 
 DIE = """
@@ -310,7 +310,7 @@ def test_frozen_prototypes_stay_and_the_rest_learns(walkers, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (("--teacher_temp", 100, 100), "uniform collapse"),
     (("--teacher_temp", 0.01, 0.01, "--center_momentum", 1), "collapse to one prototype"),
-])  # fmt: skip
+])
 def test_a_collapse_is_named_once(flags, words, walkers, tmp_path):
     output, _ = drive(tmp_path, walkers, "--centering", "ema", *flags, "--epoch_steps", 20)
     assert output.count(words) == 1 and output.count("warning ") == 1
@@ -330,7 +330,7 @@ def test_another_seed_changes_everything(five, walkers, tmp_path):
 def test_half_precision_goes_the_same_way(precision, five, walkers, tmp_path):
     """One code path: autocast, and for float16 the scaler, whose gradients are clipped unscaled: with the norms of float32."""
     tell = "def clip(*args, of=distill.clip_gradients):\n    norms = of(*args)\n    print('largest norm', norms.max().item())\n    return norms\n" \
-           "distill.clip_gradients = clip\ntorch.amp.GradScaler.__init__.__defaults__ = ('cuda', 8.0, *torch.amp.GradScaler.__init__.__defaults__[2:])"  # fmt: skip
+           "distill.clip_gradients = clip\ntorch.amp.GradScaler.__init__.__defaults__ = ('cuda', 8.0, *torch.amp.GradScaler.__init__.__defaults__[2:])"
     norms, results = [], []
     for name in ("float32", precision):
         output, run = drive(tmp_path / name, walkers, "--precision", name, "--centering", "ema", more=tell)
@@ -430,7 +430,7 @@ if kind == "renaming":  # the old checkpoint has been moved, the new one not yet
 @pytest.mark.parametrize("kills", [
     [("step", 3), ("writing", 2), ("renaming", 1)],
     [("renaming", 2), ("renaming", 1), ("writing", 1)],
-])  # fmt: skip
+])
 def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(kills, five, walkers, tmp_path):
     """SIGKILL before a step, in the middle of writing a checkpoint, between the two renames: the same command ends with the same bits."""
     for kind, count in kills:
