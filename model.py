@@ -123,8 +123,8 @@ def resize_positions(positions: Tensor, old: tuple, new: tuple) -> Tensor:
 
 
 class Head(nn.Module):
-    """Projection head of DINO (Caron et al., ICCV 2021): features (B, embed_dim) -> z (B, bottleneck), prototypes (D, bottleneck).
-    Both have unit length, and z @ prototypes.T are the logits: a last layer with weight norm, its gain fixed at 1.
+    """Projection head of DINO (Caron et al., ICCV 2021): features (B, embed_dim) -> logits (B, D), cosines of what a perceptron
+    makes of the features and D prototypes: a last layer with weight norm, its gain fixed at 1.
     `batch_norm` puts a batch norm without affine before the L2 norm, with which a short run on few images learns more."""
     def __init__(self, embed_dim: int, prototypes: int, hidden: int = 2048, bottleneck: int = 256, batch_norm: bool = False):
         super().__init__()
@@ -135,8 +135,13 @@ class Head(nn.Module):
         for name, values in self.named_parameters():
             nn.init.zeros_(values) if name.endswith("bias") else nn.init.trunc_normal_(values, std=0.02)
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        return F.normalize(self.mlp(features), dim=-1), F.normalize(self.last_layer.weight, dim=-1)
+    def forward(self, features: Tensor) -> Tensor:
+        z = self.mlp(features)
+        # in float32 under autocast too: a logit is divided by a small temperature, and told from D others
+        with torch.autocast(features.device.type, enabled=False):
+            z = F.normalize(z.float(), dim=-1)  # (B, bottleneck)
+            prototypes = F.normalize(self.last_layer.weight, dim=-1)  # (D, bottleneck)
+            return z @ prototypes.T
 
 
 ARCHITECTURES = {

@@ -7,6 +7,7 @@ Stage 1 learns from raw tracklets, denoising finds people with that encoder, sta
 seen says what it was worth. Read first: `Settings`, `main`, `train_epoch`.
 """
 import argparse
+import copy
 import fcntl
 import inspect
 import json
@@ -32,7 +33,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from denoise import OPTIONS, check_index, check_thresholds, denoise_tracklets, show_identities
-from distill import Distillation, Network, Views, all_reduce, collapse, show_views, teacher_statistics
+from distill import (
+    Network, Views, all_mean, all_reduce, collapse, identity_loss, make_views, show_views, sinkhorn, teacher_statistics, update_center,
+    update_teacher,
+)
 from evaluate import evaluate_features, label_tracklets, show_retrieval
 from model import Head, build, check_sizes, describe, extract, extract_to_file, load_weights
 
@@ -64,7 +68,6 @@ class Settings:
     solarize: float = 0.2  # probability on the second global view
     # batches and phases
     batch: int = 960  # images of a step, over all processes
-    accumulate: int = 1  # parts in which each process takes its share of a batch, for less memory
     tracklet_epochs: int = 20  # stage 1, on raw tracklets, with the first of the K; none with --weights or --labels
     K: tuple[int, ...] = (2, 4, 6, 8)  # images of each identity in a batch, phase by phase
     epochs: tuple[int, ...] = (40, 20, 20, 20)  # stage 2, on identities across videos: epochs of each phase
@@ -75,6 +78,7 @@ class Settings:
     hidden: int = 2048  # width of the head's layers
     bottleneck: int = 256  # width before the prototypes
     head_norm: bool = False  # batch norm (no affine) before the head's L2 norm
+    loss: str = "paper"  # paper: eq. 9; release: the authors' code's weighting, with which the published weights were made
     centering: str = "ema"  # what keeps the teacher from collapsing: ema (running center) or sinkhorn
     student_temp: float = 0.1  # softmax temperature
     teacher_temp: tuple[float, float] = (0.04, 0.04)  # softmax temperature, first step and after the warm-up; lower is sharper
@@ -100,7 +104,7 @@ class Settings:
     split: bool = True  # cut identity switches
     cannot_link: bool = True  # images of one frame are two people
     # this machine
-    precision: str = "auto"  # of the networks: float32, bfloat16, float16; auto: the GPU's best half, float32 on a CPU
+    precision: str = "auto"  # of the networks: float32 or bfloat16; auto: bfloat16 on a GPU that has it, else float32
     compile: bool = False  # torch.compile the networks: minutes at the start, faster steps
     workers: int = 4  # processes that decode images, for each process that trains
     log_every: int = 20  # steps between log lines
@@ -120,12 +124,13 @@ MAY_DIFFER = {"name", "workers", "log_every", "save_every"}  # settings that cha
 RULES = [  # flags, what must hold of their values, and that in words
     ("recipe", lambda v: v in ("paper", "demo"), "paper or demo"),
     ("identities", lambda v: v in ("instance", "tracklet", "cion", "true"), "instance, tracklet, cion or true"),
+    ("loss", lambda v: v in ("paper", "release"), "paper or release"),
     ("centering", lambda v: v in ("ema", "sinkhorn"), "ema or sinkhorn"),
-    ("precision", lambda v: v in ("auto", "float32", "bfloat16", "float16"), "auto, float32, bfloat16 or float16"),
+    ("precision", lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
     ("size local_size", lambda v: v[0] >= 32 and v[1] >= 16, "at least 32 16, which the networks need"),
     ("global_scale local_scale ratio", lambda v: 0 < v[0] <= v[1], "two numbers above 0, the smaller first"),
     ("global_scale local_scale", lambda v: v[1] <= 1, "shares of the image, at most 1"),
-    ("K batch accumulate prototypes hidden bottleneck student_temp teacher_temp rounds log_every save_every",
+    ("K batch prototypes hidden bottleneck student_temp teacher_temp rounds log_every save_every",
      lambda v: np.min(v) > 0, "numbers above 0"),
     ("epochs tracklet_epochs epoch_steps lr seed workers local_crops freeze_last", lambda v: np.min(v) >= 0, "numbers of 0 or more"),
     ("warmup", lambda v: 0 <= v < 1, "a share of the steps, from 0 to below 1"),
@@ -183,8 +188,8 @@ def check_settings(s: Settings) -> None:
     data.require(s.identities == "cion" or not (s.labels or s.weights), f"--identities {s.identities} goes without --labels and --weights")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     for K in s.K:
-        data.require(s.batch % (processes * s.accumulate * K) == 0, f"--batch {s.batch} over {processes} processes in {s.accumulate} parts "
-                     f"is not a multiple of K={K}: identities are not split")
+        data.require(s.batch % (processes * K) == 0, f"--batch {s.batch} over {processes} processes is not a multiple of K={K}: "
+                     "identities are not split")
     backbone = build(s.arch)
     check_sizes(backbone, s.arch, (s.size, s.local_size))
     if s.weights:
@@ -232,8 +237,13 @@ class Run:
         student = Network(backbone, Head(backbone.embed_dim, s.prototypes, s.hidden, s.bottleneck, s.head_norm)).to(self.device)
         if self.device.type == "cuda" and self.world_size > 1:  # batch statistics over all processes; CPUs keep their own
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        self.distillation = Distillation(student, s)
-        self.student, self.teacher = self.distillation.student, self.distillation.teacher
+        self.student = student
+        self.teacher = copy.deepcopy(student).requires_grad_(False)
+        if s.compile:
+            self.student.backbone.compile()
+            self.teacher.backbone.compile()
+        self.center = torch.zeros(s.prototypes, device=self.device)  # the running center of the teacher's logits
+        self.finite = torch.ones((), device=self.device)  # 0 once a loss or gradient was not; read now and then
 
     def say(self, what: str, text: str) -> None:
         """One line on the first process's terminal."""
@@ -253,7 +263,7 @@ class Run:
         """The teacher's batch-norm statistics, which each process gathers from its own images: their mean over processes."""
         for buffer in self.teacher.buffers() if self.world_size > 1 else ():
             if buffer.is_floating_point():
-                all_reduce(buffer).div_(self.world_size)
+                all_mean(buffer)
 
     def save(self, optimizer=None) -> None:
         """Write last.pt beside the old one and to the disk before it takes its place, so that a crash at any moment destroys
@@ -261,7 +271,8 @@ class Run:
         self.average_buffers()
         if self.rank == 0:
             log, last = self.folder / "log.jsonl", self.folder / "last.pt"
-            checkpoint = self.distillation.state_dict() | {
+            checkpoint = {
+                "student": self.student.state_dict(), "teacher": self.teacher.state_dict(), "center": self.center,
                 "optimizer": optimizer.state_dict() if optimizer else None, "step": self.step, "results": self.results,
                 "labels": self.labels, "images": self.images, "unreadable": sorted(self.unreadable), "settings": asdict(self.settings),
                 "log_bytes": log.stat().st_size if log.exists() else 0,
@@ -308,7 +319,9 @@ class Run:
         data.require(not differ, f"{self.folder} was made with other settings ({'; '.join(differ)}); delete it, or give another --name")
         data.require(found["images"] == self.images, f"{self.folder} was made with {found['images']:,} images, there are {self.images:,} "
                      "now; delete it, or give another --name")
-        self.distillation.load_state_dict(found)
+        self.student.load_state_dict(found["student"])
+        self.teacher.load_state_dict(found["teacher"])
+        self.center.copy_(found["center"])
         self.step, self.results, self.labels = found["step"], found["results"], found["labels"]
         self.resumed, self.unreadable = found["optimizer"], set(found["unreadable"])
         if self.rank == 0:
@@ -330,8 +343,8 @@ class Run:
     def check_finite(self) -> None:
         """Raise FloatingPointError where a loss or a gradient of any process was not finite since the start. Reading it waits
         for the device, so it is done before logging and saving only."""
-        finite = all_reduce(self.distillation.finite.clone(), dist.ReduceOp.MIN)
-        if not finite or self.distillation.scaler.get_scale() < 1:  # a scaler meets infinities by design, but finds its scale
+        finite = all_reduce(self.finite.clone(), dist.ReduceOp.MIN)
+        if not finite:
             raise FloatingPointError(f"a loss or a gradient is not finite by step {self.step}; {self.folder}/last.pt is the last good "
                                      f"state. Try a lower --lr (now {self.settings.lr}) under another --name")
 
@@ -358,8 +371,9 @@ def join_processes() -> tuple[int, int, torch.device]:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
+        # torch lets convolutions of float32 use TF32 as it comes, and that is all that may: a logit rounded to TF32 is off
+        # by up to 0.001, which the teacher's temperature of 0.04 would make 0.02
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
     store, rank, world_size = next(rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # a store that was restarted holds dead processes' addresses
         store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -380,38 +394,99 @@ def read_state(file: Path) -> dict:
         raise ValueError(f"{file} is damaged ({error})") from None
 
 
-def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.ndarray, K: int, epoch: int, steps: int, total: int) -> None:
-    """Identity-guided self-distillation on labels (N,), from run.step to the end of the epoch, of so many steps; total counts those of
-    all epochs, over which the schedules run (the released code lays them out for the steps of the first K).
+def make_optimizer(student: nn.Module) -> torch.optim.Optimizer:
+    """AdamW in two groups: matrices and kernels, whose weights decay, and biases and norms, whose do not."""
+    decaying = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim == 1]
+    return torch.optim.AdamW([{"params": decaying}, {"params": others, "weight_decay": 0.0}], lr=0.0, fused=True)
 
-    Raises ValueError where images are unreadable or identities too few, FloatingPointError where the loss is not finite.
-    """
-    s, local, clock, first_step = run.settings, run.settings.batch // run.world_size, time.time(), run.step
+
+def clip_gradients(network: nn.Module, largest: float) -> torch.Tensor:
+    """Scale each parameter's gradient down to a norm of `largest`, as DINO does; the norms before."""
+    norms = []
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            norm = parameter.grad.norm()
+            parameter.grad.mul_((largest / (norm + 1e-6)).clamp(max=1))
+            norms.append(norm)
+    return torch.stack(norms)
+
+
+def networks_in_bfloat16(s: Settings, device: torch.device) -> torch.autocast:
+    """The context in which the networks compute; logits, loss, parameters and optimiser are float32 in either."""
+    enabled = s.precision == "bfloat16"
+    if s.precision == "auto" and device.type == "cuda":
+        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def load_epoch(run: Run, tracklets, labels: np.ndarray, K: int, epoch: int, steps: int):
+    """Yields this process's images, uint8 (B, 3, H, W), of each step of an epoch that is still to come. B are the batch's share, K of
+    each identity; an unreadable one is noted and replaced by another of its identity."""
+    s = run.settings
+    local = s.batch // run.world_size
     batches = data.sample_identities(labels, K, s.batch, s.seed, epoch, steps)[run.step - epoch * steps :]
     mine = batches[:, run.rank * local : (run.rank + 1) * local]
-    run.training = True
     for rows, (images, readable) in zip(mine, data.load_batches(tracklets, list(mine), s.canvas, s.workers)):
         if not readable.all():
             run.unreadable.update(rows[~readable.numpy()].tolist())
             images = data.replace_unreadable(images, readable, K)
-        now, seeds = schedule(s, run.step, total), (s.seed, epoch, run.step)
-        loss, p = run.distillation.step(network, optimizer, images, view_kinds(s), K, seeds, now, frozen=epoch < s.freeze_last)
+        yield images
+
+
+def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.ndarray, K: int, epoch: int, steps: int, total: int) -> None:
+    """Identity-guided self-distillation on labels (N,), from run.step to the end of the epoch, of so many steps; total counts those of
+    all epochs, over which the schedules run (the released code lays them out for the steps of the first K). network: the student, as
+    DistributedDataParallel wraps it. Nothing in a step waits for the device.
+
+    Raises ValueError where images are unreadable or identities too few, FloatingPointError where the loss is not finite.
+    """
+    s = run.settings
+    kinds = view_kinds(s)
+    clock, first_step = time.time(), run.step
+    run.training = True
+    for images in load_epoch(run, tracklets, labels, K, epoch, steps):
+        # this step's schedule and its own random numbers, so that a resumed run repeats it
+        now = schedule(s, run.step, total)
+        for group in optimizer.param_groups:
+            group["lr"] = now.lr
+        optimizer.param_groups[0]["weight_decay"] = now.weight_decay
+        seed = np.random.SeedSequence((s.seed, epoch, run.step)).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+
+        # two global views for the teacher, all views for the student
+        images = images.to(run.device, non_blocking=True)  # uint8 (B, 3, H, W)
+        views = make_views(images, kinds, generator, run.rank, run.world_size)
+        with networks_in_bfloat16(s, run.device):
+            run.teacher.train()  # it normalises by its own batch, as the student does
+            with torch.no_grad():
+                teacher = run.teacher(views[:2])  # logits (2, B, D)
+            student = network(views)  # logits (V, B, D)
+
+        # what the teacher says of an image is what the student learns to say of the others of its identity
+        center = run.center
+        if s.centering == "sinkhorn":
+            center = sinkhorn(teacher, now.teacher_temp)
+        loss = identity_loss(student, teacher, center, K, s.student_temp, now.teacher_temp, s.loss)
+        loss.backward()
+        norms = clip_gradients(run.student, s.clip)
+        if epoch < s.freeze_last:
+            run.student.head.last_layer.weight.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # the next step's center and teacher
+        if s.centering == "ema":
+            run.center = update_center(run.center, teacher, s.center_momentum)
+        update_teacher(run.teacher, run.student, now.ema)
+        run.finite *= torch.isfinite(loss.detach()) & torch.isfinite(norms).all()
         run.step += 1
 
         if run.step % s.log_every == 0 or run.step == total:
             run.check_finite()
-            loss, uniform, (entropy, used) = (all_reduce(loss) / run.world_size).item(), math.log(s.prototypes), teacher_statistics(p)
             rate = (run.step - first_step) * s.batch / (time.time() - clock)
-            left = round((total - run.step) * s.batch / rate)
-            run.say("", f"step {run.step:>5,}/{total:,}  K {K}  loss {loss:.3f} of {uniform:.3f}  entropy {entropy / uniform:4.0%}  "
-                    f"used {used:,}  lr {now.lr:.1e}  {rate:6,.0f} images/s  {left // 60}:{left % 60:02} left")
-            run.log("train", stage=run.stage, step=run.step, epoch=epoch, K=K, loss=loss, entropy=entropy, entropy_share=entropy / uniform,
-                    prototypes_used=used, images_per_second=rate, **now._asdict())
-            words = collapse(loss, entropy, used, s.prototypes, s.batch // K) if run.step > s.warmup * total else ""
-            run.collapsed = run.collapsed + 1 if words else min(run.collapsed, 0)
-            if run.collapsed == 3:  # in three lines running; said once
-                run.say("warning", words)
-                run.collapsed = -math.inf
+            p = torch.softmax((teacher - center) / now.teacher_temp, dim=-1)
+            log_step(run, K, epoch, total, now, rate, all_mean(loss.detach()).item(), *teacher_statistics(p))
         stop = all_reduce(torch.tensor(float(run.stop_asked > 0)))  # any process; on the CPU, so that no device waits
         if stop or run.step % s.save_every == 0 or run.step == (epoch + 1) * steps:
             run.check_finite()
@@ -424,13 +499,29 @@ def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.n
         run.leave()
 
 
+def log_step(run: Run, K: int, epoch: int, total: int, now: Schedule, rate: float, loss: float, entropy: float, used: int) -> None:
+    """A line on the terminal and in the log; a warning, once, where the teacher has collapsed in three lines running."""
+    s = run.settings
+    uniform = math.log(s.prototypes)
+    left = round((total - run.step) * s.batch / rate)
+    run.say("", f"step {run.step:>5,}/{total:,}  K {K}  loss {loss:.3f} of {uniform:.3f}  entropy {entropy / uniform:4.0%}  "
+            f"used {used:,}  lr {now.lr:.1e}  {rate:6,.0f} images/s  {left // 60}:{left % 60:02} left")
+    run.log("train", stage=run.stage, step=run.step, epoch=epoch, K=K, loss=loss, entropy=entropy, entropy_share=entropy / uniform,
+            prototypes_used=used, images_per_second=rate, **now._asdict())
+    words = collapse(loss, entropy, used, s.prototypes, s.batch // K) if run.step > s.warmup * total else ""
+    run.collapsed = run.collapsed + 1 if words else min(run.collapsed, 0)
+    if run.collapsed == 3:
+        run.say("warning", words)
+        run.collapsed = -math.inf
+
+
 def view_kinds(s: Settings) -> list[Views]:
-    """Two global views and the local ones, by the recipe."""
+    """The views of an image by the recipe: two global ones, then the local ones."""
     common = dict(ratio=s.ratio, jitter=s.jitter, grey_p=s.grey, blur_sigma=s.blur_sigma)
-    first, second = (Views(s.size, s.global_scale, blur_p=p, **common) for p in s.blur[:2])
-    second.solarize_p = s.solarize
-    local = Views(s.local_size, s.local_scale, blur_p=s.blur[2], copies=s.local_crops, **common)
-    return [first, second] + [local] * (s.local_crops > 0)
+    first = Views(s.size, s.global_scale, blur_p=s.blur[0], **common)
+    second = Views(s.size, s.global_scale, blur_p=s.blur[1], solarize_p=s.solarize, **common)
+    local = Views(s.local_size, s.local_scale, blur_p=s.blur[2], **common)
+    return [first, second] + [local] * s.local_crops
 
 
 def read_inputs(run: Run) -> tuple:
@@ -536,7 +627,8 @@ def main() -> None:
 
     Ks, finds = plan_epochs(s)
     steps = s.epoch_steps or max(1, len(tracklets) // s.batch)  # of an epoch, whatever K and the labels are
-    network, optimizer = DistributedDataParallel(run.student, gradient_as_bucket_view=True), run.distillation.make_optimizer()
+    network = DistributedDataParallel(run.student, gradient_as_bucket_view=True)
+    optimizer = make_optimizer(run.student)
     if run.resumed:
         optimizer.load_state_dict(run.resumed)
         run.resumed = None  # as large as the networks, twice

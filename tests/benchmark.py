@@ -347,34 +347,33 @@ def scale(args) -> None:
 # ---------------------------------------------------------------- the loss
 
 
-def double_loop(student, p, K: int, temp: float = 0.1):
-    """The loss as the definition reads: logits student (V, B, D), teacher probabilities p (2, B, D)."""
-
-    def H(p, logits):  # mean over images
-        return -(p * torch.log_softmax(logits / temp, dim=-1)).sum(-1).mean()
-
-    total, pairs = 0, 0
-    for u in range(2):
-        for v in range(len(student)):
-            if u == v:
-                continue
-            loss = H(p[u], student[v])
-            teachers, students = (x.unflatten(0, (-1, K)).unbind(1) for x in (p[u], student[v]))  # the i-th image of every identity
-            for i in range(K):
-                for j in range(K):
-                    if i != j:
-                        loss = loss + H(teachers[i], students[j])
-            total, pairs = total + loss / (K * (K - 1) + 1), pairs + 1
-    return total / pairs
+def double_loop(student, teacher, center, K: int, student_temp: float = 0.1, teacher_temp: float = 0.04):
+    """Eq. 9 as it reads: loops over an identity's images i, j and their views, over all identities of the batch at once."""
+    p = torch.softmax((teacher - center) / teacher_temp, dim=-1)
+    images = [x.unflatten(1, (-1, K)).unbind(2) for x in (p, student)]  # K times (views, identities, D): the i-th of each identity
+    total, terms = 0, 0
+    for i, taught in enumerate(images[0]):
+        for j, learning in enumerate(images[1]):
+            for u, target in enumerate(taught.unbind(0)):
+                for v, logits in enumerate(learning.unbind(0)):
+                    if (i, u) != (j, v):
+                        total = total - (target * torch.log_softmax(logits / student_temp, dim=-1)).sum()
+                        terms += len(target)
+    return total / terms
 
 
-def factorised(student, p, K: int, temp: float = 0.1):
-    """The same in linear time, on all logits at once."""
-    V, B, _ = student.shape
-    together = p.unflatten(1, (-1, K)).sum(2).repeat_interleave(K, dim=1)
-    targets = (p + K * (together - p)) / (B * (K * (K - 1) + 1))
-    targets = torch.stack([targets[1], targets[0], *[targets.sum(0)] * (V - 2)])
-    return -(targets * torch.log_softmax(student / temp, dim=-1)).sum() / (2 * (V - 1))
+def crop_by_crop(z, prototypes, teacher, center, K: int):
+    """The same, with a backward pass as soon as a view's logits are there, so that no other view's are in memory."""
+    V, B, _ = z.shape
+    p = torch.softmax((teacher - center) / 0.04, dim=-1)
+    together = p.sum(0).unflatten(0, (-1, K)).sum(1).repeat_interleave(K, dim=0)
+    loss = 0
+    for v in range(V):
+        target = together - p[v] if v < 2 else together
+        part = -(target * torch.log_softmax(z[v] @ prototypes.T / 0.1, dim=-1)).sum() / (2 * B * (K * V - 1))
+        part.backward()
+        loss += part.detach()
+    return loss
 
 
 def run_loss(how: str, K: int, D: int, batch: int, crops: int, threads: int) -> dict:
@@ -383,34 +382,34 @@ def run_loss(how: str, K: int, D: int, batch: int, crops: int, threads: int) -> 
     generator = torch.Generator().manual_seed(0)
     unit = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
     z, prototypes = unit(crops, batch, 256).requires_grad_(), unit(D, 256).requires_grad_()
-    p = torch.softmax(unit(2, batch, 256) @ prototypes.detach().T / 0.04, dim=-1)
+    teacher, center = unit(2, batch, 256) @ prototypes.detach().T, torch.zeros(D)
     seconds, memory = [], []
     for _ in range(3):
         z.grad = prototypes.grad = None
         with measured() as run:
-            if how == "ours":
-                loss = distill.matching_loss(z, prototypes, p, K)
+            if how == "crop by crop":
+                loss = crop_by_crop(z, prototypes, teacher, center, K)
             else:
-                loss = {"double loop": double_loop, "factorised": factorised}[how](z @ prototypes.T, p, K)
-            loss.backward()
+                loss = {"double loop": double_loop, "straight": distill.identity_loss}[how](z @ prototypes.T, teacher, center, K)
+                loss.backward()
         seconds.append(run.seconds)
         memory.append(run.peak)
     return {"seconds": min(seconds), "memory": memory[0], "loss": loss.item(), "gradient": z.grad.norm().item()}
 
 
 def loss(args) -> None:
-    """Head and loss, forward and backward: the definition's loops, the linear form on all logits, and ours, crop by crop."""
+    """Head and loss, forward and backward: eq. 9's loops, identity_loss as it trains, and the same crop by crop, in less memory."""
     rows = []
     for D in args.prototypes:
         for K in args.K:
             results = {how: in_a_process("run_loss", how=how, K=K, D=D, batch=args.batch, crops=args.crops, threads=args.threads)
-                       for how in ("double loop", "factorised", "ours")}
-            base = results["factorised"]
+                       for how in ("double loop", "straight", "crop by crop")}
+            base = results["straight"]
             for how, r in results.items():
                 rows.append([f"{D:,}", K, how, f"{r['seconds']:.2f}", f"{r['seconds'] / base['seconds']:.2f}", f"{r['memory']:.2f}",
                              f"{r['memory'] / base['memory']:.2f}", f"{r['loss']:.5f}"])
     print_rows(f"Head and loss, forward and backward, {args.batch} images, {args.crops} crops, {args.threads} threads",
-               ["D", "K", "", "seconds", "of factorised", "GiB", "of factorised", "loss"], rows)
+               ["D", "K", "", "seconds", "of straight", "GiB", "of straight", "loss"], rows)
 
 
 # ---------------------------------------------------------------- views
@@ -539,13 +538,11 @@ def plain_step(student, teacher, optimizer, images, transforms, K: int, lap) -> 
     """A step as it is usually written: PIL views, one crop at a time, the loss as loops, parameters one by one."""
     crops = torch.utils.data.default_collate([[t(image) for t in transforms] for image in images])
     lap("data")
-    forward = lambda network, crop: (lambda z, w: z @ w.T)(*network.head(network.backbone(crop)))
     with torch.no_grad():
-        taught = torch.stack([forward(teacher, crop) for crop in crops[:2]])
-        p = torch.softmax((taught - taught.mean((0, 1))) / 0.04, dim=-1)
-    logits = torch.stack([forward(student, crop) for crop in crops])
+        taught = torch.stack([teacher.head(teacher.backbone(crop)) for crop in crops[:2]])
+    logits = torch.stack([student.head(student.backbone(crop)) for crop in crops])
     lap("forward")
-    loss = double_loop(logits, p, K)
+    loss = double_loop(logits, taught, taught.mean((0, 1)), K)
     lap("loss")
     loss.backward()
     lap("backward")
@@ -562,19 +559,17 @@ def plain_step(student, teacher, optimizer, images, transforms, K: int, lap) -> 
 
 def our_step(student, teacher, optimizer, images, kinds, K: int, lap) -> None:
     """The same step as train.py takes it, in one process."""
-    views = distill.make_views(images, kinds, torch.Generator().manual_seed(0), memory_format=student.memory_format)
+    views = distill.make_views(images, kinds, torch.Generator().manual_seed(0))
     lap("data")
     with torch.no_grad():
-        z, prototypes = teacher(views[:2])
-        taught = z @ prototypes.T
-        p = torch.softmax((taught - taught.mean((0, 1))) / 0.04, dim=-1)
-    z, prototypes = student(views)
+        taught = teacher(views[:2])
+    logits = student(views)
     lap("forward")
-    loss = distill.matching_loss(z, prototypes, p, K)
+    loss = distill.identity_loss(logits, taught, taught.mean((0, 1)), K)
     lap("loss")
     loss.backward()
     lap("backward")
-    distill.clip_gradients(student, 3.0)
+    train.clip_gradients(student, 3.0)
     optimizer.step()
     optimizer.zero_grad()
     lap("optimiser")
@@ -617,9 +612,8 @@ def step(args) -> None:
         with counter:
             with torch.no_grad():
                 networks["ours"][1](crops[:2])
-            z, prototypes = ours(crops)
-            (z.sum() + prototypes.sum()).backward()
-        flops = counter.get_total_flops() / 2 * args.batch + 4 * (2 + 3 * len(crops)) / 2 * args.batch * s.bottleneck * s.prototypes  # and the logits
+            ours(crops).sum().backward()
+        flops = counter.get_total_flops() / 2 * args.batch
     a, b = torch.randn(2, 2048, 2048)
     (a @ b).sum()
     clock = time.perf_counter()
@@ -763,8 +757,8 @@ if __name__ == "__main__":
     command.add_argument("--folder", help="where the features go (default: the system's temporary folder)")
     command.set_defaults(run=scale)
     command = commands.add_parser("loss", help=loss.__doc__)
-    command.add_argument("--prototypes", type=int, nargs="+", default=[8192, 65536])
-    command.add_argument("--K", type=int, nargs="+", default=[2, 4, 6, 8])
+    command.add_argument("--prototypes", type=int, nargs="+", default=[1000, 8192, 65536])
+    command.add_argument("--K", type=int, nargs="+", default=[2, 8])
     command.add_argument("--batch", type=int, default=120)
     command.add_argument("--crops", type=int, default=10)
     command.add_argument("--threads", type=int, default=2)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import data
 import distill
 import train
 
@@ -39,8 +40,10 @@ def test_the_paper_recipe_is_the_papers():
     assert (s.K, tuple(np.cumsum(s.epochs)), s.batch) == ((2, 4, 6, 8), (40, 60, 80, 100), 120 * 8)
     assert (s.prototypes, s.hidden, s.bottleneck, s.student_temp, s.teacher_temp, s.centering) == (65536, 2048, 256, 0.1, (0.04, 0.04), "ema")
     assert (s.lr, s.min_lr, s.warmup, s.weight_decay, s.clip, s.ema, s.center_momentum) == (5e-4, 1e-6, 10 / 100, (0.04, 0.4), 3.0, (0.996, 1.0), 0.9)
-    first, second, local = train.view_kinds(s)
-    assert (first.blur_p, second.blur_p, local.blur_p, first.solarize_p, second.solarize_p, local.copies) == (1.0, 0.1, 0.5, 0.0, 0.2, 8)
+    assert s.loss == "paper"
+    first, second, *local = train.view_kinds(s)
+    assert len(local) == 8 and {(kind.size, kind.scale, kind.blur_p, kind.solarize_p) for kind in local} == {((128, 64), (0.05, 0.8), 0.5, 0.0)}
+    assert (first.blur_p, second.blur_p, first.solarize_p, second.solarize_p) == (1.0, 0.1, 0.0, 0.2)
 
 
 def test_every_setting_has_a_line_of_help(capsys):
@@ -54,10 +57,9 @@ def test_every_setting_has_a_line_of_help(capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--arch", "resnet"], "unknown arch 'resnet'; known: r10ibn"),
-    (["--batch", "30", "--K", "4", "--epochs", "1"], "--batch 30 over 1 processes in 1 parts is not a multiple of K=4"),
-    (["--accumulate", "3"], "--batch 64 over 1 processes in 3 parts is not a multiple"),
-    (["--accumulate", "0"], "expected numbers above 0"),
-    (["--precision", "half"], "expected auto, float32, bfloat16 or float16"),
+    (["--batch", "30", "--K", "4", "--epochs", "1"], "--batch 30 over 1 processes is not a multiple of K=4"),
+    (["--precision", "float16"], "expected auto, float32 or bfloat16"),
+    (["--loss", "dino"], "expected paper or release"),
     (["--K", "2", "4", "--epochs", "1"], r"2 phases and --epochs \(1,\) 1"),
     (["--K", "0", "--epochs", "1"], r"--K \(0,\): expected numbers above 0"),
     (["--identities", "all"], "expected instance, tracklet, cion or true"),
@@ -110,9 +112,8 @@ def test_the_readmes_commands_can_split_their_batches():
     assert len(lines) >= 5
     for launcher, flags in lines:
         processes = math.prod(int(n) for n in re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", launcher))
-        for more in ([], ["--accumulate", "5"]) if processes > 1 else ([],):
-            s = train.parse_settings(flags.split() + more)
-            assert all(s.batch % (processes * s.accumulate * K) == 0 for K in s.K), (launcher, flags, more)
+        s = train.parse_settings(flags.split())
+        assert all(s.batch % (processes * K) == 0 for K in s.K), (launcher, flags)
 
 
 def test_identities_are_found_evenly_over_stage_2():
@@ -129,14 +130,15 @@ def test_identities_are_found_evenly_over_stage_2():
 def test_gradients_are_clipped_one_parameter_at_a_time():
     network = torch.nn.Linear(2, 2)
     network.weight.grad, network.bias.grad = torch.tensor([[3.0, 0], [0, 4]]), torch.tensor([0.3, 0.4])
-    torch.testing.assert_close(distill.clip_gradients(network, 2.5), torch.tensor([5.0, 0.5]))
+    torch.testing.assert_close(train.clip_gradients(network, 2.5), torch.tensor([5.0, 0.5]))
     torch.testing.assert_close(network.weight.grad, torch.tensor([[1.5, 0], [0, 2]]), atol=1e-5, rtol=0)
     torch.testing.assert_close(network.bias.grad, torch.tensor([0.3, 0.4]))
 
 
-def test_precision_is_what_was_asked_for():
-    cpu = torch.device("cpu")
-    assert [distill.choose_precision(name, cpu) for name in ("auto", "bfloat16", "float16")] == [torch.float32, torch.bfloat16, torch.float16]
+@pytest.mark.parametrize("precision, expected", [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_precision_is_what_was_asked_for(precision, expected):
+    with train.networks_in_bfloat16(train.Settings(precision=precision), torch.device("cpu")):
+        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == expected
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_not_read(tmp_path):
@@ -161,22 +163,37 @@ def run(tmp_path, monkeypatch):
     """A run with a tiny network, in this process."""
     monkeypatch.chdir(tmp_path)
     s = train.parse_settings("--recipe demo --arch r10ibn --size 32 16 --local_size 32 16 --canvas 32 16 --batch 8 --hidden 16 --bottleneck 8 "
-                             "--prototypes 16 --clip 0.001".split())
+                             "--prototypes 16 --clip 0.001 --workers 0".split())
     run = train.Run(s)
+    run.folder.mkdir(parents=True)
     yield run
     torch.distributed.destroy_process_group()
 
 
+def take_steps(run, walkers, monkeypatch, steps=1, epoch=0):
+    """Steps on true identities, K 2; the optimizer, and what the loss of each step was given, as (student, teacher, center, K, ...)."""
+    tracklets = data.read_tracklets(walkers / "train")
+    given = []
+
+    def loss(student, teacher, center, *others):
+        given.append((student.detach().clone(), teacher.clone(), center.clone(), *others))
+        return distill.identity_loss(student, teacher, center, *others)
+
+    monkeypatch.setattr(train, "identity_loss", loss)
+    optimizer = train.make_optimizer(run.student)
+    train.train_epoch(run, run.student, optimizer, tracklets, data.read_labels(walkers / "train.json", tracklets), 2, epoch, steps, steps)
+    return optimizer, given
+
+
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_step_does_what_its_schedule_says(run, frozen):
-    optimizer, now = run.distillation.make_optimizer(), train.Schedule(lr=1e-3, weight_decay=0.5, ema=0.9, teacher_temp=0.04)
+def test_a_step_does_what_its_schedule_says(run, frozen, walkers, monkeypatch):
+    run.settings.freeze_last = int(frozen)
+    monkeypatch.setattr(train, "schedule", lambda *_: train.Schedule(lr=1e-3, weight_decay=0.5, ema=0.9, teacher_temp=0.04))
+    before = {name: p.detach().clone() for name, p in run.student.named_parameters()}
+    optimizer, _ = take_steps(run, walkers, monkeypatch)
     decaying, others = (group["params"] for group in optimizer.param_groups)
     assert {p.ndim for p in others} == {1} and min(p.ndim for p in decaying) == 2
     assert len(decaying) + len(others) == len(list(run.student.parameters()))
-    before = {name: p.detach().clone() for name, p in run.student.named_parameters()}
-    images = torch.randint(0, 256, (8, 3, 32, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    loss, p = run.distillation.step(run.student, optimizer, images, train.view_kinds(run.settings), 2, (0, 0, 0), now, frozen)
-    assert torch.isfinite(loss) and p.shape == (2, 8, 16) and run.distillation.finite == 1
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-3, 0.5), (1e-3, 0.0)]
     for name, old in before.items():
         new, teacher = run.student.get_parameter(name).detach(), run.teacher.get_parameter(name)
@@ -190,15 +207,41 @@ def test_a_step_does_what_its_schedule_says(run, frozen):
     assert largest > 0.9e-4
 
 
-def test_what_is_not_finite_is_noticed_and_a_scale_that_never_stops_falling_too(run, monkeypatch):
+def test_the_loss_is_given_what_the_settings_say(run, walkers, monkeypatch):
+    run.settings.loss, run.settings.student_temp, run.settings.teacher_temp = "release", 0.2, (0.03, 0.07)
+    _, given = take_steps(run, walkers, monkeypatch)
+    student, teacher, _, *others = given[0]
+    assert student.shape == (4, 8, 16) and teacher.shape == (2, 8, 16) and student.dtype == teacher.dtype == torch.float32
+    assert others == [2, 0.2, 0.03, "release"]
+
+
+def test_the_running_center_moves_after_it_was_used(run, walkers, monkeypatch):
+    run.settings.centering, run.settings.center_momentum = "ema", 0.9
+    _, [(_, first, center, *_), (_, second, moved, *_)] = take_steps(run, walkers, monkeypatch, steps=2)
+    assert not center.any()
+    torch.testing.assert_close(moved, 0.1 * first.mean((0, 1)))
+    torch.testing.assert_close(run.center, 0.9 * moved + 0.1 * second.mean((0, 1)))
+
+
+def test_sinkhorn_has_the_teachers_temperature(run, walkers, monkeypatch):
+    run.settings.centering, run.settings.teacher_temp = "sinkhorn", (0.07, 0.07)
+    _, [(_, teacher, center, *_)] = take_steps(run, walkers, monkeypatch)
+    torch.testing.assert_close(center, distill.sinkhorn(teacher, 0.07))
+    assert (center - distill.sinkhorn(teacher, 0.04)).abs().max() > 1e-4 and not run.center.any()
+
+
+def test_the_teacher_normalises_by_its_own_batch(run, walkers, monkeypatch):
+    run.teacher.eval()  # as features leave it
+    take_steps(run, walkers, monkeypatch)
+    assert run.teacher.training and run.teacher.backbone.bn1.num_batches_tracked == 1
+
+
+def test_what_is_not_finite_is_noticed(run, walkers, monkeypatch):
     run.check_finite()
-    run.distillation.finite *= torch.isfinite(torch.tensor(math.nan))
+    run.student.head.mlp[0].weight.data[0, 0] = math.nan
     with pytest.raises(FloatingPointError, match="last good state"):
-        run.check_finite()
-    run.distillation.finite.fill_(1)
-    monkeypatch.setattr(run.distillation.scaler, "get_scale", lambda: 2.0**-3)
-    with pytest.raises(FloatingPointError):
-        run.check_finite()
+        take_steps(run, walkers, monkeypatch)
+    assert not (run.folder / "last.pt").exists()
 
 
 # ---------------------------------------------------------------- the same run in other ways
@@ -236,15 +279,15 @@ FIVE_STEPS = "--recipe demo --arch small --size 32 16 --local_size 32 16 --canva
 DIE = """
 steps = 0
 
-def step(*args, of=distill.Distillation.step, **kwargs):
+def make_views(*args, of=train.make_views):
     global steps
     steps += 1
     if steps == 4 and {when}:
         {before}
         os.kill(os.getpid(), signal.SIGKILL)
-    return of(*args, **kwargs)
+    return of(*args)
 
-distill.Distillation.step = step
+train.make_views = make_views
 """
 
 
@@ -295,12 +338,6 @@ def test_two_processes_with_half_the_batch_equal_one(five_steps, walkers, tmp_pa
     assert_same(one, outcome(drive(tmp_path / "two", walkers, *flags, processes=2)[1]))
 
 
-def test_accumulated_parts_equal_the_whole_batch(five_steps, walkers, tmp_path):
-    flags, one = five_steps
-    assert_same(one, outcome(drive(tmp_path / "parts", walkers, *flags, "--accumulate", 4)[1]))
-    assert_same(one, outcome(drive(tmp_path / "both", walkers, *flags, "--accumulate", 2, processes=2)[1]))
-
-
 def test_frozen_prototypes_stay_and_the_rest_learns(walkers, tmp_path):
     _, frozen = outcome(drive(tmp_path / "frozen", walkers, "--centering", "ema", "--freeze_last", 1)[1])
     same = lambda name: torch.equal(frozen[f"student.{name}"], frozen[f"teacher.{name}"])  # both began alike
@@ -326,28 +363,15 @@ def test_another_seed_changes_everything(five, walkers, tmp_path):
     assert min(abs(a - b) for a, b in zip(five[0], other[0])) > 1e-4
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_goes_the_same_way(precision, five, walkers, tmp_path):
-    """One code path: autocast, and for float16 the scaler, whose gradients are clipped unscaled: with the norms of float32."""
-    tell = "def clip(*args, of=distill.clip_gradients):\n    norms = of(*args)\n    print('largest norm', norms.max().item())\n    return norms\n" \
-           "distill.clip_gradients = clip\ntorch.amp.GradScaler.__init__.__defaults__ = ('cuda', 8.0, *torch.amp.GradScaler.__init__.__defaults__[2:])"
-    norms, results = [], []
-    for name in ("float32", precision):
-        output, run = drive(tmp_path / name, walkers, "--precision", name, "--centering", "ema", more=tell)
-        norms.append([float(line.split()[-1]) for line in output.splitlines() if line.startswith("largest norm")])
-        results.append(outcome(run))
-    exact, half = results
-    assert exact[0] == five[0] != half[0]
-    np.testing.assert_allclose(half[0], exact[0], atol=0.05, rtol=0)
-    np.testing.assert_allclose(norms[1], norms[0], rtol=0.1)
-    state = torch.load(tmp_path / precision / "runs" / "run" / "previous.pt", weights_only=True)
-    assert state["scaler"].get("scale") == (8 if precision == "float16" else None)
+def test_bfloat16_goes_the_same_way(five, walkers, tmp_path):
+    losses, _ = outcome(drive(tmp_path, walkers, "--precision", "bfloat16", "--centering", "ema")[1])
+    assert losses != five[0]
+    np.testing.assert_allclose(losses, five[0], atol=0.05, rtol=0)
 
 
-def test_a_scaler_that_starts_too_high_skips_steps_and_goes_on(walkers, tmp_path):
-    _, run = drive(tmp_path, walkers, "--precision", "float16", "--centering", "ema", "--epoch_steps", 10)
-    state = torch.load(run / "previous.pt", weights_only=True)
-    assert 8 < state["scaler"]["scale"] < 65536 and all(torch.isfinite(value).all() for value in state["student"].values())
+def test_the_releases_weighting_is_another_loss(five, walkers, tmp_path):
+    losses, _ = outcome(drive(tmp_path, walkers, "--loss", "release", "--centering", "ema")[1])
+    assert min(abs(a - b) for a, b in zip(losses, five[0])) > 1e-5
 
 
 def test_a_run_goes_on_with_another_number_of_processes(five, walkers, tmp_path):
@@ -409,7 +433,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 if kind == "step":
-    distill.Distillation.step = counting(lambda *args, last, of=distill.Distillation.step, **kwargs: die() if last else of(*args, **kwargs))
+    train.make_views = counting(lambda *args, last, of=train.make_views: die() if last else of(*args))
 if kind == "writing":  # half of a checkpoint is on the disk
     def save(state, file, last, of=torch.save):
         of(state, file)
