@@ -36,20 +36,23 @@ class Views:
     def draw(self, n: int, canvas: tuple, generator: torch.Generator) -> dict[str, Tensor]:
         """Random parameters, (n, ...) each, of n views, each of an image of its own, all images of
         height and width `canvas`. On the CPU: the same for every device."""
+        boxes = draw_boxes(n, canvas, self.scale, self.ratio, generator)
         chance = torch.rand(5, n, generator=generator)
         # what brightness, contrast and saturation are multiplied with, and what is added to hue
         unchanged = torch.tensor([1.0, 1.0, 1.0, 0.0])
         change = torch.empty(n, 4).uniform_(-1, 1, generator=generator)
-        sigma = torch.rand(n, generator=generator)
+        factors = unchanged + change * torch.tensor(self.jitter)
+        order = torch.rand(n, 4, generator=generator).argsort(1)
+        share = torch.rand(n, generator=generator)
         return {
-            "box": draw_boxes(n, canvas, self.scale, self.ratio, generator),
+            "box": boxes,
             "flip": chance[0] < 0.5,
             "jitter": chance[1] < self.jitter_p,
-            "order": torch.rand(n, 4, generator=generator).argsort(1),
-            "factors": unchanged + change * torch.tensor(self.jitter),
+            "order": order,
+            "factors": factors,
             "grey": chance[2] < self.grey_p,
             "blur": chance[3] < self.blur_p,
-            "sigma": 0.1 + (self.blur_sigma - 0.1) * sigma,
+            "sigma": 0.1 + (self.blur_sigma - 0.1) * share,
             "solarize": chance[4] < self.solarize_p,
         }
 
@@ -62,8 +65,10 @@ class Views:
                 if strength > 0:
                     # the views in which operation i comes at this place
                     chosen = drawn["jitter"] & (drawn["order"][:, place] == i)
-                    x = change_some(x, chosen, JITTER[i], drawn["factors"][:, i])
-        x = change_some(x, drawn["grey"], adjust_saturation, torch.zeros(len(x)))
+                    factors = drawn["factors"][:, i]
+                    x = change_some(x, chosen, JITTER[i], factors)
+        no_colour = torch.zeros(len(x))
+        x = change_some(x, drawn["grey"], adjust_saturation, no_colour)
         x = change_some(x, drawn["blur"], self.blur, drawn["sigma"])
         return change_some(x, drawn["solarize"], solarize)
 
@@ -124,7 +129,8 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Ten
     for image, (top, left, height, width) in zip(images, boxes.tolist()):
         crop = image[None, :, top : top + height, left : left + width]
         resized.append(F.interpolate(crop, size, mode="bilinear", antialias=True))
-    return torch.cat(resized).contiguous().float() / 255
+    x = torch.cat(resized).contiguous()
+    return x.float() / 255
 
 
 def change_some(x: Tensor, chosen: Tensor, operation, *amounts: Tensor) -> Tensor:
@@ -228,7 +234,8 @@ def make_views(
 def show_views(file, images: Tensor, kinds: list[Views], generator: torch.Generator) -> None:
     """Write a picture: a row for each image (uint8 (B, 3, H, W)), as it is and then its views."""
     height, width = kinds[0].size
-    columns = [F.interpolate(images.float() / 255, kinds[0].size, mode="bilinear")]
+    original = F.interpolate(images.float() / 255, (height, width), mode="bilinear")
+    columns = [original]
     for kind in kinds:
         drawn = kind.draw(len(images), images.shape[2:], generator)
         x = kind.render(images, drawn)
@@ -251,14 +258,16 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        # weights in channels_last, where a backbone asks for it, are enough: its convolutions
-        # bring what they are given into the same format
-        self.to(memory_format=getattr(backbone, "memory_format", torch.contiguous_format))
+        # weights in the format that a backbone asks for are enough: its convolutions bring what
+        # they are given into the same one
+        memory_format = getattr(backbone, "memory_format", torch.contiguous_format)
+        self.to(memory_format=memory_format)
 
     def forward(self, crops: list[Tensor]) -> Tensor:
         features = []
         for _, same_size in groupby(crops, key=lambda crop: crop.shape):
-            features.append(self.backbone(torch.cat(list(same_size))))
+            batch = torch.cat(list(same_size))
+            features.append(self.backbone(batch))
         logits = self.head(torch.cat(features))  # (V * B, D)
         return logits.unflatten(0, (len(crops), -1))
 
@@ -281,8 +290,8 @@ def identity_loss(
         t_{v,b} = (G_b - [v < 2] p_{v,b}) / (2 B (K V - 1))
         loss = - sum_v sum_b <t_{v,b}, log q_{v,b}>.
     student: logits (V, B, D), the first two views global; teacher: (2, B, D); center: (D,). A batch
-    has K images of each identity, side by side; ValueError where K does not divide B. weights:
-    "paper", or "release", the authors' code: x' never has x's view index, and i = j counts 1 / K."""
+    has K images of each identity, side by side; ValueError where K does not divide B. In the
+    authors' code ("release") x' never has x's view index, and pairs i = j weigh 1 / K."""
     V, B, _ = student.shape
     if B % K:
         raise ValueError(f"a batch of {B} images cannot hold K={K} of each identity")
@@ -324,7 +333,7 @@ def all_mean(x: Tensor) -> Tensor:
 
 
 def update_center(center: Tensor, teacher: Tensor, momentum: float = 0.9) -> Tensor:
-    """The running center (D,): EMA of the mean of teacher logits (2, B, D) over the global batch."""
+    """EMA (D,) of the teacher's logits (2, B, D), of their mean over the global batch."""
     mean = all_mean(teacher.mean((0, 1)))
     return center.lerp(mean, 1 - momentum)
 
@@ -361,7 +370,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 def teacher_statistics(p: Tensor) -> tuple[float, int]:
     """Mean entropy (nats) of the teacher's p (2, B, D) over the global batch, and how many
     prototypes are some image's first choice."""
-    entropy = all_mean(torch.special.entr(p).sum(-1).mean())
+    entropy = torch.special.entr(p).sum(-1)  # (2, B)
+    entropy = all_mean(entropy.mean())
     used = torch.zeros_like(p[0, 0])
     used[p.argmax(-1).flatten()] = 1
     used = all_reduce(used, dist.ReduceOp.MAX).sum()

@@ -34,9 +34,9 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from denoise import OPTIONS, check_index, check_thresholds, denoise_tracklets, show_identities
 from distill import (
-    Network, Views, all_mean, all_reduce, collapse, identity_loss, make_views, show_views, sinkhorn, teacher_statistics, update_center,
-    update_teacher,
+    Network, Views, identity_loss, make_views, show_views, sinkhorn, update_center, update_teacher
 )
+from distill import all_mean, all_reduce, collapse, teacher_statistics
 from evaluate import evaluate_features, label_tracklets, show_retrieval
 from model import Head, build, check_sizes, describe, extract, extract_to_file, load_weights
 
@@ -371,8 +371,8 @@ def join_processes() -> tuple[int, int, torch.device]:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
-        # torch lets convolutions of float32 use TF32 as it comes, and that is all that may: a logit rounded to TF32 is off
-        # by up to 0.001, which the teacher's temperature of 0.04 would make 0.02
+        # Of what is float32, torch lets convolutions use TF32, and nothing else should: it would
+        # put logits off by up to 0.001, which divided by the teacher's temperature is 0.02.
         torch.cuda.set_device(device)
     store, rank, world_size = next(rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # a store that was restarted holds dead processes' addresses
@@ -395,14 +395,15 @@ def read_state(file: Path) -> dict:
 
 
 def make_optimizer(student: nn.Module) -> torch.optim.Optimizer:
-    """AdamW in two groups: matrices and kernels, whose weights decay, and biases and norms, whose do not."""
+    """AdamW. Matrices and kernels decay, biases and norms do not."""
     decaying = [p for p in student.parameters() if p.ndim > 1]
     others = [p for p in student.parameters() if p.ndim == 1]
-    return torch.optim.AdamW([{"params": decaying}, {"params": others, "weight_decay": 0.0}], lr=0.0, fused=True)
+    groups = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 def clip_gradients(network: nn.Module, largest: float) -> torch.Tensor:
-    """Scale each parameter's gradient down to a norm of `largest`, as DINO does; the norms before."""
+    """Scale each parameter's gradient down to a norm of `largest` (DINO); the norms before."""
     norms = []
     for parameter in network.parameters():
         if parameter.grad is not None:
@@ -413,7 +414,8 @@ def clip_gradients(network: nn.Module, largest: float) -> torch.Tensor:
 
 
 def networks_in_bfloat16(s: Settings, device: torch.device) -> torch.autocast:
-    """The context in which the networks compute; logits, loss, parameters and optimiser are float32 in either."""
+    """The context in which networks compute, in bfloat16 where it is asked for. Their logits, the
+    loss, parameters and the optimizer are float32 anyway."""
     enabled = s.precision == "bfloat16"
     if s.precision == "auto" and device.type == "cuda":
         enabled = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -421,29 +423,45 @@ def networks_in_bfloat16(s: Settings, device: torch.device) -> torch.autocast:
 
 
 def load_epoch(run: Run, tracklets, labels: np.ndarray, K: int, epoch: int, steps: int):
-    """Yields this process's images, uint8 (B, 3, H, W), of each step of an epoch that is still to come. B are the batch's share, K of
-    each identity; an unreadable one is noted and replaced by another of its identity."""
+    """Yields this process's images, uint8 (B, 3, H, W), of every step of an epoch that is still to
+    come: B is its share of a batch, K images of each identity side by side. An unreadable image is
+    noted and replaced by another of its identity."""
     s = run.settings
     local = s.batch // run.world_size
-    batches = data.sample_identities(labels, K, s.batch, s.seed, epoch, steps)[run.step - epoch * steps :]
-    mine = batches[:, run.rank * local : (run.rank + 1) * local]
-    for rows, (images, readable) in zip(mine, data.load_batches(tracklets, list(mine), s.canvas, s.workers)):
+    batches = data.sample_identities(labels, K, s.batch, s.seed, epoch, steps)
+    left = batches[run.step - epoch * steps :]
+    mine = left[:, run.rank * local : (run.rank + 1) * local]
+    loaded = data.load_batches(tracklets, list(mine), s.canvas, s.workers)
+    for rows, (images, readable) in zip(mine, loaded):
         if not readable.all():
             run.unreadable.update(rows[~readable.numpy()].tolist())
             images = data.replace_unreadable(images, readable, K)
         yield images
 
 
-def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.ndarray, K: int, epoch: int, steps: int, total: int) -> None:
-    """Identity-guided self-distillation on labels (N,), from run.step to the end of the epoch, of so many steps; total counts those of
-    all epochs, over which the schedules run (the released code lays them out for the steps of the first K). network: the student, as
-    DistributedDataParallel wraps it. Nothing in a step waits for the device.
+def train_epoch(
+    run: Run,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tracklets,
+    labels: np.ndarray,
+    K: int,
+    epoch: int,
+    steps: int,
+    total: int,
+) -> None:
+    """Identity-guided self-distillation on labels (N,), from run.step to the end of an epoch of so
+    many steps. total: the steps of all epochs, over which schedules run (the released code lays
+    them out for the steps of the first K). network: the student, as DistributedDataParallel wraps
+    it. Nothing in a step waits for the device.
 
-    Raises ValueError where images are unreadable or identities too few, FloatingPointError where the loss is not finite.
+    Raises ValueError where images are unreadable or identities too few, FloatingPointError where
+    the loss is not finite.
     """
     s = run.settings
     kinds = view_kinds(s)
-    clock, first_step = time.time(), run.step
+    clock = time.time()
+    first_step = run.step
     run.training = True
     for images in load_epoch(run, tracklets, labels, K, epoch, steps):
         # this step's schedule and its own random numbers, so that a resumed run repeats it
@@ -454,16 +472,16 @@ def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.n
         seed = np.random.SeedSequence((s.seed, epoch, run.step)).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(seed))
 
-        # two global views for the teacher, all views for the student
-        images = images.to(run.device, non_blocking=True)  # uint8 (B, 3, H, W)
+        # the teacher sees the two global views, the student all
+        images = images.to(run.device, non_blocking=True)
         views = make_views(images, kinds, generator, run.rank, run.world_size)
+        run.teacher.train()  # it normalises by its own batch, as the student does
         with networks_in_bfloat16(s, run.device):
-            run.teacher.train()  # it normalises by its own batch, as the student does
             with torch.no_grad():
                 teacher = run.teacher(views[:2])  # logits (2, B, D)
             student = network(views)  # logits (V, B, D)
 
-        # what the teacher says of an image is what the student learns to say of the others of its identity
+        # what the teacher says of one view, the student learns to say of its identity's others
         center = run.center
         if s.centering == "sinkhorn":
             center = sinkhorn(teacher, now.teacher_temp)
@@ -479,15 +497,17 @@ def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.n
         if s.centering == "ema":
             run.center = update_center(run.center, teacher, s.center_momentum)
         update_teacher(run.teacher, run.student, now.ema)
-        run.finite *= torch.isfinite(loss.detach()) & torch.isfinite(norms).all()
+        loss = loss.detach()
+        run.finite *= torch.isfinite(loss) & torch.isfinite(norms).all()
         run.step += 1
 
         if run.step % s.log_every == 0 or run.step == total:
             run.check_finite()
             rate = (run.step - first_step) * s.batch / (time.time() - clock)
             p = torch.softmax((teacher - center) / now.teacher_temp, dim=-1)
-            log_step(run, K, epoch, total, now, rate, all_mean(loss.detach()).item(), *teacher_statistics(p))
-        stop = all_reduce(torch.tensor(float(run.stop_asked > 0)))  # any process; on the CPU, so that no device waits
+            entropy, used = teacher_statistics(p)
+            log_step(run, K, epoch, total, now, rate, all_mean(loss).item(), entropy, used)
+        stop = any_process_was_stopped(run)
         if stop or run.step % s.save_every == 0 or run.step == (epoch + 1) * steps:
             run.check_finite()
             run.gather_unreadable(tracklets)
@@ -495,20 +515,53 @@ def train_epoch(run: Run, network: nn.Module, optimizer, tracklets, labels: np.n
         if stop:
             run.leave()
     run.training = False
-    if all_reduce(torch.tensor(float(run.stop_asked > 0))):  # asked during the last save
+    if any_process_was_stopped(run):  # asked during the last save
         run.leave()
 
 
-def log_step(run: Run, K: int, epoch: int, total: int, now: Schedule, rate: float, loss: float, entropy: float, used: int) -> None:
-    """A line on the terminal and in the log; a warning, once, where the teacher has collapsed in three lines running."""
+def any_process_was_stopped(run: Run) -> bool:
+    """Whether Ctrl-C or SIGTERM reached any process; on the CPU, so that no device waits."""
+    return bool(all_reduce(torch.tensor(float(run.stop_asked > 0))))
+
+
+def log_step(
+    run: Run,
+    K: int,
+    epoch: int,
+    total: int,
+    now: Schedule,
+    rate: float,
+    loss: float,
+    entropy: float,
+    used: int,
+) -> None:
+    """A line on the terminal and in log.jsonl; a warning, once, where the teacher has been
+    collapsed in three lines running."""
     s = run.settings
     uniform = math.log(s.prototypes)
-    left = round((total - run.step) * s.batch / rate)
-    run.say("", f"step {run.step:>5,}/{total:,}  K {K}  loss {loss:.3f} of {uniform:.3f}  entropy {entropy / uniform:4.0%}  "
-            f"used {used:,}  lr {now.lr:.1e}  {rate:6,.0f} images/s  {left // 60}:{left % 60:02} left")
-    run.log("train", stage=run.stage, step=run.step, epoch=epoch, K=K, loss=loss, entropy=entropy, entropy_share=entropy / uniform,
-            prototypes_used=used, images_per_second=rate, **now._asdict())
-    words = collapse(loss, entropy, used, s.prototypes, s.batch // K) if run.step > s.warmup * total else ""
+    minutes, seconds = divmod(round((total - run.step) * s.batch / rate), 60)
+    run.say(
+        "",
+        f"step {run.step:>5,}/{total:,}  K {K}  loss {loss:.3f} of {uniform:.3f}  "
+        f"entropy {entropy / uniform:4.0%}  used {used:,}  lr {now.lr:.1e}  "
+        f"{rate:6,.0f} images/s  {minutes}:{seconds:02} left",
+    )
+    run.log(
+        "train",
+        stage=run.stage,
+        step=run.step,
+        epoch=epoch,
+        K=K,
+        loss=loss,
+        entropy=entropy,
+        entropy_share=entropy / uniform,
+        prototypes_used=used,
+        images_per_second=rate,
+        **now._asdict(),
+    )
+    words = ""
+    if run.step > s.warmup * total:
+        words = collapse(loss, entropy, used, s.prototypes, s.batch // K)
     run.collapsed = run.collapsed + 1 if words else min(run.collapsed, 0)
     if run.collapsed == 3:
         run.say("warning", words)
@@ -517,7 +570,7 @@ def log_step(run: Run, K: int, epoch: int, total: int, now: Schedule, rate: floa
 
 def view_kinds(s: Settings) -> list[Views]:
     """The views of an image by the recipe: two global ones, then the local ones."""
-    common = dict(ratio=s.ratio, jitter=s.jitter, grey_p=s.grey, blur_sigma=s.blur_sigma)
+    common = {"ratio": s.ratio, "jitter": s.jitter, "grey_p": s.grey, "blur_sigma": s.blur_sigma}
     first = Views(s.size, s.global_scale, blur_p=s.blur[0], **common)
     second = Views(s.size, s.global_scale, blur_p=s.blur[1], solarize_p=s.solarize, **common)
     local = Views(s.local_size, s.local_scale, blur_p=s.blur[2], **common)
