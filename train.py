@@ -32,7 +32,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from denoise import OPTIONS, check_index, check_thresholds, denoise_tracklets, show_identities
+from denoise import OPTIONS, check_settings, denoise_tracklets, show_identities
 from distill import (
     Network, Views, identity_loss, make_views, show_views, sinkhorn, update_center, update_teacher
 )
@@ -92,17 +92,17 @@ class Settings:
     ema: tuple[float, float] = (0.996, 1.0)  # the teacher's momentum, first and last step, cosine
     center_momentum: float = 0.9  # of the running center
     # denoising
-    sigma: float = -1.0  # intra-identity consistency, cosine distance in [0, 2]; negative: calibrated from the tracklets
-    tau: float = -1.0  # inter-identity discrimination, likewise
-    min_images: int = 2  # a tracklet that keeps fewer dissolves
-    window: int = 16  # videos in the sliding range
-    stride: int = 8  # videos by which it moves
+    denoising: str = "ours"  # ours, or paper: its equations 4 to 7 alone, thresholds 0.2 and 0.18 unless given
+    sigma_cst: float = -1.0  # intra-identity consistency, cosine distance in [0, 2]; negative: calibrated from the tracklets
+    sigma_drm: float = -1.0  # inter-identity discrimination, likewise
+    r_s: int = 1000  # half-width of the sliding range, in tracklets
     levels: int = 3  # of denoising: 1 within tracklets, 2 within videos, 3 across videos
-    smooth: int = 1  # images before and after that an image is averaged with
+    nearness: float = 0.1  # how much farther two identities count that are r_s places apart
     center: bool = True  # subtract each video's mean
     whiten: bool = True  # divide out the covariance
-    split: bool = True  # cut identity switches
+    cut: bool = True  # cut tracklets where the person changes
     cannot_link: bool = True  # images of one frame are two people
+    closest_first: bool = True  # join the closest first, instead of the closure of all links
     # this machine
     precision: str = "auto"  # of the networks: float32 or bfloat16; auto: bfloat16 on a GPU that has it, else float32
     compile: bool = False  # torch.compile the networks: minutes at the start, faster steps
@@ -116,7 +116,7 @@ DEMO = dict(
     size=(64, 32), local_size=(32, 16), canvas=(64, 32), local_crops=2,
     jitter=(0.2, 0.2, 0.0, 0.0), grey=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0,
     batch=64, tracklet_epochs=1, K=(2, 4), epochs=(2, 4), rounds=3, epoch_steps=36,
-    prototypes=256, hidden=512, bottleneck=64, head_norm=True, centering="sinkhorn",
+    prototypes=256, hidden=512, bottleneck=64, head_norm=True, r_s=130, centering="sinkhorn",
     lr=6e-3, freeze_last=0, ema=(0.95, 0.95), workers=1,
 )
 DEMO_OF = {"r10ibn": dict(epoch_steps=90), "vit_tiny": dict(epoch_steps=72)}  # r10ibn's steps are quick, vit_tiny needs more
@@ -125,6 +125,7 @@ RULES = [  # flags, what must hold of their values, and that in words
     ("recipe", lambda v: v in ("paper", "demo"), "paper or demo"),
     ("identities", lambda v: v in ("instance", "tracklet", "cion", "true"), "instance, tracklet, cion or true"),
     ("loss", lambda v: v in ("paper", "release"), "paper or release"),
+    ("denoising", lambda v: v in ("ours", "paper"), "ours or paper"),
     ("centering", lambda v: v in ("ema", "sinkhorn"), "ema or sinkhorn"),
     ("precision", lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
     ("size local_size", lambda v: v[0] >= 32 and v[1] >= 16, "at least 32 16, which the networks need"),
@@ -162,7 +163,7 @@ def parse_settings(argv=None) -> Settings:
         s.K = (1,) * len(s.K)
     parts = [data_folder(s).resolve().name, s.arch.replace("/", "-")] + [s.identities] * (s.identities != "cion")
     s.name = s.name or "-".join(parts)
-    check_settings(s)
+    check_run(s)
     return s
 
 
@@ -171,12 +172,16 @@ def data_folder(s: Settings) -> Path:
     return Path(s.data or f"data/walkers{f'-{s.seed}' if s.seed else ''}")
 
 
-def thresholds(s: Settings) -> tuple:
-    """sigma and tau, None where they are calibrated."""
-    return tuple(None if value < 0 else value for value in (s.sigma, s.tau))
+def denoising_options(s: Settings) -> dict:
+    """What `denoise_tracklets` is called with; thresholds are None where they are calibrated."""
+    options = {name: getattr(s, name) for name in OPTIONS}
+    for name in ("sigma_cst", "sigma_drm"):
+        if options[name] < 0:
+            options[name] = None
+    return options | {"paper": s.denoising == "paper"}
 
 
-def check_settings(s: Settings) -> None:
+def check_run(s: Settings) -> None:
     """Raises ValueError for settings that cannot work, before anything is read or drawn."""
     for flags, holds, expected in RULES:
         for flag in flags.split():
@@ -184,7 +189,8 @@ def check_settings(s: Settings) -> None:
     phases = f"--K {s.K} has {len(s.K)} phases and --epochs {s.epochs} {len(s.epochs)}"
     data.require(len(s.K) == len(s.epochs), f"{phases}: give each its epochs")
     data.require(s.canvas[0] >= s.size[0] and s.canvas[1] >= s.size[1], f"--canvas {s.canvas} is smaller than --size {s.size}")
-    check_thresholds(*thresholds(s), s.min_images, s.window, s.stride, s.smooth, s.levels)
+    options = denoising_options(s)
+    check_settings(options["sigma_cst"], options["sigma_drm"], s.r_s, s.nearness, s.levels)
     data.require(s.identities == "cion" or not (s.labels or s.weights), f"--identities {s.identities} goes without --labels and --weights")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     for K in s.K:
@@ -599,7 +605,6 @@ def read_inputs(run: Run) -> tuple:
     truth = data.read_labels(root / "train.json", tracklets) if test and not s.labels and (root / "train.json").exists() else None
     data.require(s.identities != "true" or truth is not None, f"--identities true: {root} does not hold train/, test/ and their .json")
     if labels is None:
-        check_index(tracklets.video, tracklets.track, tracklets.frame, name=tracklets.path)
         labels = {"instance": np.arange(len(tracklets)), "true": truth}.get(s.identities, tracklets.track)
     data.check_readable(tracklets)
     Ks, finds = plan_epochs(s)
@@ -633,13 +638,13 @@ def find_identities(run: Run, tracklets, truth: np.ndarray | None) -> None:
             if file.stem != Path(features.filename).stem:
                 file.unlink()
         labels, report, space = denoise_tracklets(
-            tracklets, features, run.folder / "features.scratch", truth, *thresholds(s), print_line=lambda text: run.say("", text),
-            **{name: getattr(s, name) for name in OPTIONS},
+            tracklets, features, run.folder / "features.scratch", truth, say=lambda text: run.say("", text), **denoising_options(s)
         )
         run.unreadable.update(report.pop("unreadable"))
         run.log("denoise", step=run.step, **report)
-        with data.replacing(run.folder / "space.npz") as temporary, open(temporary, "wb") as file:
-            np.savez(file, **space._asdict())
+        if space is not None:
+            with data.replacing(run.folder / "space.npz") as temporary, open(temporary, "wb") as file:
+                np.savez(file, **space._asdict())
         show_identities(run.folder / "denoised.png", tracklets, labels)
         data.write_labels(run.folder / "identities.json", tracklets, labels)
         try:
