@@ -1,6 +1,6 @@
 """Measures, and asserts nothing. Every command prints tables in Markdown, and says what it needs.
 
-    python tests/benchmark.py denoise     # quality against other clusterings, calibration, what each part is worth; an hour the first time
+    python tests/benchmark.py denoise     # the paper's levels, ours, other clusterings (scikit-learn); an hour the first time
     python tests/benchmark.py scale       # time and memory from ten thousand images up, effect of the range's width; 10 min
     python tests/benchmark.py loss        # head and loss by three ways of writing them: time, memory; 10 min
     python tests/benchmark.py augment     # views of an image against a pipeline of PIL and torchvision; 1 min
@@ -20,9 +20,11 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.cluster.hierarchy import fcluster, linkage
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parent.parent
@@ -77,88 +79,6 @@ def in_a_process(function: str, **options) -> dict:
     return result
 
 
-# ---------------------------------------------------------------- quality, on walkers
-
-NOISES, SEEDS = (0.5, 1.0, 1.5), (3, 4, 5)  # what denoise.py leaves to choice was chosen on seeds 0 to 2
-
-
-def encoded_walkers(noise: float, seed: int) -> tuple:
-    """Walkers whose tracker fails so often, drawn with a seed of their own, and their features by an encoder that was trained on
-    their raw tracklets: features, video, track, frame, truth. Made once, about three minutes each, into data/ and runs/."""
-    name = f"walkers-noise{noise}-seed{seed}"
-    root, run = Path("data") / name, Path("runs") / f"{name}-stage1"
-    if not root.exists():
-        data.draw_walkers(root, seed=seed, noise=noise)
-    if not (run / "retrieval.png").exists():  # drawn at its end
-        print(f"training an encoder on {root} ...", file=sys.stderr, flush=True)
-        command = [sys.executable, ROOT / "train.py", "--arch", "r10ibn", "--data", root, "--recipe", "demo", "--seed", seed, "--name", run.name]
-        subprocess.run([*map(str, command), "--tracklet_epochs", "4", "--epochs", "0", "0"], check=True, stdout=subprocess.DEVNULL)
-    tracklets = data.read_tracklets(root / "train")
-    backbone, size, _ = model.load_backbone(run / "last.pt")
-    features = np.asarray(model.extract_to_file(run, backbone, tracklets, size, "cpu"), np.float32)
-    return features, tracklets.video, tracklets.track, tracklets.frame, data.read_labels(root / "train.json", tracklets)
-
-
-def ours(case: tuple, sigma=None, tau=None, center=True, whiten=True, smooth=1, dull=0.9, sharp_cuts=True, report=None, **options) -> np.ndarray:
-    """Labels (N,) from features as they come, by the whole of denoise.py."""
-    features, video, track, frame, _ = case
-    space = D.fit_space(features, video, track, center, whiten, dull)
-    sharp, smoothed = (D.place(features, video, track, frame, space, n) for n in (0, smooth))
-    return D.denoise(smoothed, video, track, frame, sigma, tau, cut_by=sharp if sharp_cuts else smoothed, report=report, **options)
-
-
-def scores(labels: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Pairwise precision, recall, F1, the adjusted Rand index (what is noise stands alone), share of images kept."""
-    alone = lambda l: np.where(l < 0, len(l) + np.arange(len(l)), l)
-    try:
-        from sklearn.metrics import adjusted_rand_score
-
-        ari = adjusted_rand_score(alone(truth), alone(labels))
-    except ImportError:
-        ari = float("nan")
-    return D.pairwise_scores(labels, truth) | {"ari": ari, "kept": float((labels >= 0).mean())}
-
-
-def clusterings(x: np.ndarray, track: np.ndarray):
-    """What people use instead, as (name, grid of parameters, function of (unit features (N, d), parameter) -> labels (N,)).
-    Their best parameters are picked with the truth."""
-    from scipy.cluster.hierarchy import fcluster, linkage
-
-    distances = lambda x: np.clip(1 - x @ x.T, 0, 2) * (1 - np.eye(len(x), dtype=np.float32))
-    half = lambda d: d[np.triu_indices(len(d), 1)]
-    trees = {}
-
-    def agglomerative(x, kind, cut):
-        if kind not in trees:
-            rows = D.centroids_of(x, track) if kind == "tracklets" else x
-            trees[kind] = linkage(half(distances(rows)), "average" if kind == "tracklets" else kind)
-        labels = fcluster(trees[kind], cut, "distance") - 1
-        return labels[track] if kind == "tracklets" else labels
-
-    yield "raw tracklets", [None], lambda x, _: track
-    cuts = np.linspace(0.02, 1.2, 60)
-    yield "agglomerative, average, of images", cuts, lambda x, cut: agglomerative(x, "average", cut)
-    yield "agglomerative, complete, of images", cuts, lambda x, cut: agglomerative(x, "complete", cut)
-    yield "agglomerative, average, of tracklets", cuts, lambda x, cut: agglomerative(x, "tracklets", cut)
-    try:
-        from sklearn.cluster import DBSCAN, HDBSCAN
-    except ImportError:
-        print("scikit-learn is not installed: DBSCAN and HDBSCAN are left out (pip install scikit-learn)", file=sys.stderr)
-        return
-    matrix = distances(x)
-    grid = [(eps, least) for eps in np.linspace(0.02, 0.8, 27) for least in (2, 4, 8)]
-    yield "DBSCAN", grid, lambda x, p: DBSCAN(eps=p[0], min_samples=p[1], metric="precomputed").fit_predict(matrix)
-    grid = [(size, least, pick) for size in (4, 8, 16) for least in (1, 8) for pick in ("eom", "leaf")]
-    yield "HDBSCAN", grid, lambda x, p: HDBSCAN(
-        min_cluster_size=p[0], min_samples=p[1], metric="precomputed", cluster_selection_method=p[2], copy=True
-    ).fit_predict(matrix)
-
-
-def mean_and_spread(values) -> str:
-    """Mean of a figure over seeds, and half its range."""
-    return f"{np.mean(values):.3f} ± {np.ptp(values) / 2:.3f}"
-
-
 def print_rows(title: str, header: list[str], rows: list[list]) -> None:
     """A Markdown table."""
     print(f"\n{title}\n\n| {' | '.join(map(str, header))} |\n|{' --- |' * len(header)}")
@@ -166,82 +86,220 @@ def print_rows(title: str, header: list[str], rows: list[list]) -> None:
         print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
-def denoise(args) -> None:
-    """Quality against other clusterings, calibration against a grid that knows the truth, and what each part is worth."""
-    cases = {(noise, seed): encoded_walkers(noise, seed) for noise in args.noises for seed in args.seeds}
-    columns = ["precision", "recall", "f1", "ari", "kept"]
+# ---------------------------------------------------------------- quality, on walkers and on people
 
-    if "others" in args.parts:
-        for noise in args.noises:
-            table = {}
-            for seed in args.seeds:
-                features, video, track, frame, truth = case = cases[noise, seed]
-                with measured() as run:
-                    labels = ours(case)
-                table.setdefault(("denoise.py", "its own", "calibrated"), []).append((scores(labels, truth), run))
-                spaces = {"plain": D.unit(features), "its own": D.place(features, video, track, frame, D.fit_space(features, video, track))}
-                for space, x in spaces.items():
-                    for name, grid, cluster in clusterings(x, track):
-                        if name == "raw tracklets" and space != "plain":
-                            continue
-                        best = max(grid, key=lambda p: D.pairwise_scores(D.dense(cluster(x, p)), truth)["f1"])
-                        with measured() as run:
-                            again = next(function for other, _, function in clusterings(x, track) if other == name)
-                            labels = again(x, best)
-                        chosen = "" if best is None else "best of a grid"
-                        table.setdefault((name, space, chosen), []).append((scores(D.dense(np.asarray(labels)), truth), run))
-            rows = [[*key, *(f"{np.mean([s[c] for s, _ in results]):.3f}" for c in columns), f"{np.ptp([s['f1'] for s, _ in results]) / 2:.3f}",
-                     f"{np.mean([r.seconds for _, r in results]):.1f}", f"{np.mean([r.peak for _, r in results]):.2f}"]
-                    for key, results in table.items()]
-            header = ["method", "features", "parameters", "precision", "recall", "F1", "ARI", "kept", "F1 ±", "seconds", "GiB"]
-            print_rows(f"Tracker noise {noise}, mean of seeds {args.seeds}", header, rows)
+NOISES = (0.5, 1.0, 1.5)
+SEEDS = (3, 4, 5)  # what denoise.py leaves to choice was chosen on seeds 0 to 2
+WALKERS_RANGE = 130  # r_s of the demo's recipe, in tracklets
+
+
+class Case(NamedTuple):
+    """Features of tracklets and the truth: (N, d), then (N,) each; and a range of theirs."""
+
+    features: np.ndarray
+    video: np.ndarray
+    track: np.ndarray
+    frame: np.ndarray
+    truth: np.ndarray
+    r_s: int
+
+
+def encoded_walkers(noise: float, seed: int) -> Case:
+    """Walkers whose tracker fails so often, drawn with a seed of their own, and their features by an
+    encoder that was trained on their raw tracklets. Made once, about three minutes each, into data/
+    and runs/."""
+    name = f"walkers-noise{noise}-seed{seed}"
+    root = Path("data") / name
+    folder = Path("runs") / f"{name}-stage1"
+    if not root.exists():
+        data.draw_walkers(root, seed=seed, noise=noise)
+    if not (folder / "retrieval.png").exists():  # drawn at its end
+        print(f"training an encoder on {root} ...", file=sys.stderr, flush=True)
+        command = f"{sys.executable} {ROOT / 'train.py'} --arch r10ibn --data {root} --recipe demo"
+        command += f" --seed {seed} --name {folder.name} --tracklet_epochs 4 --epochs 0 0"
+        subprocess.run(command.split(), check=True, stdout=subprocess.DEVNULL)
+    tracklets = data.read_tracklets(root / "train")
+    backbone, size, _ = model.load_backbone(folder / "last.pt")
+    features = model.extract_to_file(folder, backbone, tracklets, size, "cpu")
+    truth = data.read_labels(root / "train.json", tracklets)
+    index = tracklets.video, tracklets.track, tracklets.frame
+    return Case(np.asarray(features, np.float32), *index, truth, WALKERS_RANGE)
+
+
+def read_people(file, swapped: bool, half: int | None = None) -> Case:
+    """People in an .npz of arrays features (N, d), video, track, frame, truth and, of a tracker that
+    swaps people, track_swapped and frame_swapped; only those of even (0) or odd (1) truth if `half`."""
+    arrays = np.load(file)
+    track = arrays["track_swapped" if swapped else "track"]
+    frame = arrays["frame_swapped" if swapped else "frame"]
+    truth = arrays["truth"].astype(np.int64)
+    kept = np.ones(len(truth), bool) if half is None else truth % 2 == half
+    features = arrays["features"][kept].astype(np.float32)
+    return Case(features, arrays["video"][kept], track[kept], frame[kept], truth[kept], 1000)
+
+
+def all_cases(args) -> dict[str, list[Case]]:
+    """Every set that quality is measured on; walkers have one for each seed."""
+    cases = {}
+    for noise in args.noises:
+        cases[f"walkers {noise}"] = [encoded_walkers(noise, seed) for seed in args.seeds]
+    if args.people:
+        cases["people"] = [read_people(args.people, swapped=False)]
+        cases["people, swaps"] = [read_people(args.people, swapped=True)]
+        cases["other half"] = [read_people(args.people, swapped=False, half=1)]
+    return cases
+
+
+def placed(case: Case, **options) -> np.ndarray:
+    """Features in the space of denoise.py."""
+    space = D.fit_space(case.features, case.video, case.track, **options)
+    return D.place(*case[:4], space)
+
+
+def score_of(case: Case, features, space=None, **options) -> dict[str, float]:
+    """Precision, recall and F1 of denoise.py on these features of a case."""
+    labels = D.denoise(features, *case[1:4], r_s=options.pop("r_s", case.r_s), **options)
+    return D.pairwise_scores(labels, case.truth)
+
+
+def best_f1(case: Case, features, sigma_csts, sigma_drms, **options) -> tuple[float, float, float]:
+    """The best F1 of a grid, by the truth, and its thresholds."""
+    found = []
+    for sigma_cst in sigma_csts:
+        for sigma_drm in sigma_drms:
+            scores = score_of(case, features, sigma_cst=sigma_cst, sigma_drm=sigma_drm, **options)
+            found.append((scores["f1"], sigma_cst, sigma_drm))
+    return max(found)
+
+
+def jaccard(x: np.ndarray) -> np.ndarray:
+    """Jaccard distances (n, n) between the sets of k-reciprocal neighbours, k1 20 and k2 6. Each
+    image is there twice, as query and as gallery, hence twice of both."""
+    return E.rerank(x, x, k1=40, k2=12, lambda_value=0.0)
+
+
+def cosine(x: np.ndarray) -> np.ndarray:
+    """Cosine distances (n, n) of unit features (n, d)."""
+    return np.clip(1 - x @ x.T, 0, 2)
+
+
+def best_dbscan(distance: np.ndarray, of: np.ndarray, truth: np.ndarray) -> float:
+    """F1 of scikit-learn's DBSCAN at its best parameters; distances (n, n) of items, of (N,) which
+    item an image belongs to."""
+    from sklearn.cluster import DBSCAN
+
+    near = np.quantile(distance[:: max(1, len(distance) // 500)], np.linspace(0.0005, 0.05, 25))
+    scores = []
+    for eps in np.unique(near[near > 0]):
+        for least in (1, 2, 4):
+            items = DBSCAN(eps=eps, min_samples=least, metric="precomputed").fit_predict(distance)
+            scores.append(D.pairwise_scores(D.dense(items)[of], truth)["f1"])
+    return max(scores)
+
+
+def best_average_linkage(distance: np.ndarray, of: np.ndarray, truth: np.ndarray) -> float:
+    """F1 of SciPy's average linkage at its best cut; distances and `of` as above."""
+    upper = distance[np.triu_indices(len(distance), 1)]
+    tree = linkage(upper, "average")
+    scores = []
+    for cut in np.quantile(tree[:, 2], np.linspace(0.3, 0.999, 60)):
+        items = fcluster(tree, cut, "distance") - 1
+        scores.append(D.pairwise_scores(items[of], truth)["f1"])
+    return max(scores)
+
+
+def table(title: str, cases: dict, rows: dict) -> None:
+    """Print a row for each function of a case, the mean over the cases of each set."""
+    body = []
+    for name, function in rows.items():
+        line = [name]
+        for set_name, several in cases.items():
+            values = [function(case) for case in several]
+            line.append(f"{np.mean(values):.3f}")
+            print(name, set_name, line[-1], file=sys.stderr, flush=True)
+        body.append(line)
+    print_rows(title, ["F1", *cases], body)
+
+
+def denoise(args) -> None:
+    """What the paper's levels, our additions, calibration and other clusterings are worth."""
+    cases = all_cases(args)
+    plain = {id(case): D.unit(case.features) for several in cases.values() for case in several}
+    ours = {id(case): placed(case) for several in cases.values() for case in several}
+
+    def f1(case, **options):
+        return score_of(case, ours[id(case)], **options)["f1"]
+
+    if "paper" in args.parts:
+        csts = (0.1, 0.2, 0.3, 0.5, 2.0)
+        drms = np.linspace(0.01, 0.4, 27)
+        wide = (0.6, 0.8, 1.0, 2.0)
+        wider = np.linspace(0.1, 0.7, 31)
+        table("The paper's levels, and ours", cases, {
+            "raw tracklets": lambda c: D.pairwise_scores(D.dense(c.track), c.truth)["f1"],
+            "paper's levels, 0.2 and 0.18": lambda c: score_of(c, plain[id(c)], paper=True)["f1"],
+            "paper's levels, thresholds by truth": lambda c: best_f1(c, plain[id(c)], csts, drms, paper=True)[0],
+            "paper's levels in our space, by truth": lambda c: best_f1(c, ours[id(c)], wide, wider, paper=True)[0],
+            "ours, no truth": f1,
+            "ours, a range over all, no truth": lambda c: f1(c, r_s=len(c.truth)),
+        })
 
     if "levels" in args.parts:
-        rows = {}
-        for noise in args.noises:
-            for seed in args.seeds:
-                case, found = cases[noise, seed], {}
-                ours(case, report=lambda level, labels, share: found.update({level: (labels, share)}))
-                for level, (labels, share) in found.items():
-                    s = scores(labels, case[-1])
-                    rows.setdefault((noise, level), []).append([labels.max() + 1, s["kept"], share[0], share[1], s["precision"], s["recall"], s["f1"]])
-        print_rows("Level by level, mean of seeds", ["tracker noise", "after", "identities", "kept", "noise: images", "noise: identities", "P", "R", "F1"],
-                   [[*key, f"{m[0]:.0f}", *(f"{v:.1%}" for v in m[1:4]), *(f"{v:.3f}" for v in m[4:])] for key, v in rows.items() for m in [np.mean(v, 0)]])
+        body = []
+        for name, several in cases.items():
+            levels = {}
+            for case in several:
+                def report(level, labels, n_S):
+                    scores = D.pairwise_scores(labels, case.truth)
+                    kept = (labels >= 0).mean()
+                    figures = [labels.max() + 1, kept, *n_S, *scores.values()]
+                    levels.setdefault(level, []).append(figures)
 
-    if "calibration" in args.parts:
-        sigmas, taus = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0), (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
-        rows = []
-        for noise in args.noises:
-            grids, calibrated = [], []
-            for seed in args.seeds:
-                case = cases[noise, seed]
-                f1 = lambda *rule: D.pairwise_scores(ours(case, *rule), case[-1])["f1"]
-                grids.append([[f1(sigma, tau) for tau in taus] for sigma in sigmas])
-                placed = D.place(*case[:4], D.fit_space(*case[:3]))
-                calibrated.append([*D.calibrate(placed, *case[1:4]), f1()])
-                best = np.unravel_index(np.argmax(grids[-1]), (len(sigmas), len(taus)))
-                rows.append([noise, seed, *(f"{v:.3f}" for v in calibrated[-1]), f"{np.max(grids[-1]):.3f}", sigmas[best[0]], taus[best[1]],
-                             f"{np.max(grids[-1]) - calibrated[-1][2]:+.3f}"])
-            print_rows(f"F1 by sigma and tau, tracker noise {noise}, mean of seeds {args.seeds}; calibrated: {np.mean(calibrated, 0)[2]:.3f}",
-                       ["sigma \\ tau", *taus], [[sigma, *(f"{v:.3f}" for v in row)] for sigma, row in zip(sigmas, np.mean(grids, 0))])
-        print_rows("Calibrated, and the best of the grid", ["tracker noise", "seed", "sigma", "tau", "F1", "best F1", "at sigma", "at tau", "missed"], rows)
+                D.denoise(ours[id(case)], *case[1:4], r_s=case.r_s, report=report)
+            for level, figures in levels.items():
+                m = np.mean(figures, 0)
+                body.append([name, level, f"{m[0]:.0f}", f"{m[1]:.1%}", *(f"{v:.2f}" for v in m[2:5]), *(f"{v:.3f}" for v in m[5:])])
+        print_rows("Level by level", ["", "after", "identities", "images kept", "n_S", "too wide", "too close", "P", "R", "F1"], body)
 
     if "ablation" in args.parts:
-        variants = {
-            "all": {}, "no video means subtracted": dict(center=False), "all directions kept": dict(dull=9), "not whitened": dict(whiten=False), "neither": dict(center=False, whiten=False),
-            "no smoothing": dict(smooth=0), "smoothing over 2 images each way": dict(smooth=2),
-            "cut where smoothed features switch": dict(sharp_cuts=False), "not cut, the other half recovered": dict(split=False),
-            "no cannot-link": dict(cannot_link=False), "min_images 1": dict(min_images=1), "min_images 4": dict(min_images=4), "min_images 6": dict(min_images=6),
-            "range of 8 videos, not 16": dict(window=8, stride=4), "range of 32": dict(window=32, stride=16), "range of all": dict(window=99, stride=1),
-        }
-        rows = []
-        for name, options in variants.items():
-            rows.append([name])
-            for noise in args.noises:
-                results = [D.pairwise_scores(ours(cases[noise, seed], **options), cases[noise, seed][-1]) for seed in args.seeds]
-                rows[-1] += [mean_and_spread([r["f1"] for r in results]), *(f"{np.mean([r[c] for r in results]):.2f}" for c in columns[:2])]
-        print_rows("What each part is worth: F1 (mean of seeds ± half their range), precision, recall",
-                   ["", *(h for noise in args.noises for h in (f"F1, noise {noise}", "P", "R"))], rows)
+        rows = {"all of it": f1}
+        for name in ("cut", "cannot_link", "closest_first"):
+            rows[f"no {name}"] = lambda c, name=name: f1(c, **{name: False})
+        rows["nearness 0"] = lambda c: f1(c, nearness=0.0)
+        for name in ("center", "whiten"):
+            rows[f"no {name}"] = lambda c, name=name: score_of(c, placed(c, **{name: False}))["f1"]
+        rows["level 1"] = lambda c: f1(c, levels=1)
+        rows["levels 1, 2"] = lambda c: f1(c, levels=2)
+        for share in (0.25, 0.5, 2, 4):
+            rows[f"range times {share}"] = lambda c, share=share: f1(c, r_s=int(share * c.r_s))
+        table("What each addition is worth: without it", cases, rows)
+
+    if "calibration" in args.parts:
+        body = []
+        for name, several in cases.items():
+            for case in several:
+                x = ours[id(case)]
+                sigma_cst, sigma_drm = D.calibrate(x, *case[1:4], case.r_s)
+                mine = f1(case)
+                best = best_f1(case, x, (0.7, 0.8, 0.9, 2.0), np.arange(0.6, 0.95, 0.02))
+                body.append([name, f"{sigma_cst:.3f}", f"{sigma_drm:.3f}", f"{mine:.3f}", *(f"{v:.3f}" for v in best), f"{best[0] - mine:+.3f}"])
+        print_rows("Calibrated, and the best of a grid by the truth", ["", "sigma_cst", "sigma_drm", "F1", "best F1", "at sigma_cst", "sigma_drm", "missed"], body)
+
+    if "peers" in args.parts:
+        rows = {"ours, no truth": f1}
+        for space, where in (("plain", plain), ("in our space", ours)):
+            for kind, distances in (("cosine", cosine), ("Jaccard", jaccard)):
+                for method, best in (("DBSCAN", best_dbscan), ("average linkage", best_average_linkage)):
+                    def images(c, where=where, distances=distances, best=best):
+                        return best(distances(where[id(c)]), np.arange(len(c.truth)), c.truth)
+
+                    def tracklets(c, where=where, distances=distances, best=best):
+                        track = D.dense(c.track)
+                        return best(distances(D.centroids_of(where[id(c)], track)), track, c.truth)
+
+                    rows[f"{method} of images, {kind}, {space}"] = images
+                    rows[f"{method} of tracklets, {kind}, {space}"] = tracklets
+        table("Other clusterings, their best parameters by the truth", cases, rows)
 
 
 # ---------------------------------------------------------------- scale
@@ -310,16 +368,13 @@ def run_scale(folder: str, **options) -> dict:
     with measured() as whole:
         space = D.fit_space(features, video, track)
         lap("space")
-        sharp, placed = (np.lib.format.open_memmap(folder / f"placed{n}.npy", "w+", np.float16, (len(video), space.matrix.shape[1])) for n in (0, 1))
-        D.place(features, video, track, frame, space, 0, sharp)
-        D.place(features, video, track, frame, space, 1, placed)
+        shape = len(video), space.matrix.shape[1]
+        placed = np.lib.format.open_memmap(folder / "placed.npy", "w+", np.float16, shape)
+        D.place(features, video, track, frame, space, placed)
         lap("placing")
-        sigma, tau = D.calibrate(placed, video, track, frame)
-        lap("calibration")
-        labels = D.denoise(placed, video, track, frame, sigma, tau, cut_by=sharp,
-                           report=lambda level, labels, share: lap(level), **options)
-    seconds["check, noise"] = seconds.pop("tracklets")
-    return figures | {"seconds": whole.seconds, "parts": seconds, "memory": whole.peak, "sigma": sigma, "tau": tau, "dims": placed.shape[1],
+        labels = D.denoise(placed, video, track, frame, report=lambda level, labels, n_S: lap(level), **options)
+    seconds["calibration, noise"] = seconds.pop("tracklets")
+    return figures | {"seconds": whole.seconds, "parts": seconds, "memory": whole.peak, "dims": placed.shape[1],
                       "identities": int(labels.max()) + 1, "kept": float((labels >= 0).mean()), **D.pairwise_scores(labels, truth)}
 
 
@@ -332,7 +387,7 @@ def scale(args) -> None:
             draw_features(Path(folder), images)
             results.append(run(folder))
             if images == args.images[-1] or images == 100_000:
-                windows = windows or [(w, run(folder, window=w, stride=w // 2)) for w in args.windows]
+                windows = windows or [(r_s, run(folder, r_s=r_s)) for r_s in args.ranges]
     quality = lambda r: [f"{r['identities']:,}", *(f"{r[c]:.3f}" for c in ("precision", "recall", "f1"))]
     print_rows("Time and memory", ["images", "videos", "tracklets", "seconds", "microseconds an image", "GiB", "identities", "P", "R", "F1"],
                [[f"{r['images']:,}", f"{r['videos']:,}", f"{r['tracklets']:,}", f"{r['seconds']:.1f}", f"{1e6 * r['seconds'] / r['images']:.1f}",
@@ -340,7 +395,7 @@ def scale(args) -> None:
     print_rows("Where the time goes, seconds", ["images", *results[0]["parts"]],
                [[f"{r['images']:,}", *(f"{t:.1f}" for t in r["parts"].values())] for r in results])
     if windows:
-        print_rows(f"Width of the range, {windows[0][1]['images']:,} images", ["W", "seconds", "of them level 3", "identities", "P", "R", "F1"],
+        print_rows(f"Width of the range, {windows[0][1]['images']:,} images", ["r_s", "seconds", "of them level 3", "identities", "P", "R", "F1"],
                    [[w, f"{r['seconds']:.1f}", f"{r['parts']['cross video']:.1f}", *quality(r)] for w, r in windows])
 
 
@@ -749,11 +804,12 @@ if __name__ == "__main__":
     command = commands.add_parser("denoise", help=denoise.__doc__)
     command.add_argument("--noises", type=float, nargs="+", default=NOISES, help="how often the tracker fails")
     command.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    command.add_argument("--parts", nargs="+", default=["others", "levels", "calibration", "ablation"])
+    command.add_argument("--parts", nargs="+", default=["paper", "levels", "ablation", "calibration", "peers"])
+    command.add_argument("--people", help=read_people.__doc__)
     command.set_defaults(run=denoise)
     command = commands.add_parser("scale", help=scale.__doc__)
     command.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    command.add_argument("--windows", type=int, nargs="*", default=[4, 8, 16, 32, 64, 128], help="widths of the range, tried at 100,000 images")
+    command.add_argument("--ranges", type=int, nargs="*", default=[100, 300, 1000, 3000], help="r_s, tried at 100,000 images")
     command.add_argument("--folder", help="where the features go (default: the system's temporary folder)")
     command.set_defaults(run=scale)
     command = commands.add_parser("loss", help=loss.__doc__)
