@@ -347,50 +347,59 @@ def denoise(
     begins = (np.diff(video, prepend=-1) != 0) | (np.diff(track, prepend=-1) != 0)
     track = np.cumsum(begins) - 1
     chosen = thresholds(features, video, track, frame, sigma_cst, sigma_drm, r_s, paper)
-    sigma_cst = chosen["sigma_cst"]
-    sigma_drm = chosen["sigma_drm"]
-    cut = cut and not paper
-    additions = (False, False, 0.0) if paper else (cannot_link, closest_first, nearness)
+    if paper:
+        cut = cannot_link = closest_first = False
+        nearness = 0.0
+    additions = (cannot_link, closest_first, nearness)
 
     def done(level, labels):
-        """Labels (N,) in the order of the sequence, reported in the order of the rows given."""
+        """Labels in the order of the ultra-long video, reported in the order of the rows given."""
         labels = in_sequence(labels, video, frame)
         if report is not None:
-            n_S = noise(features, labels, sigma_cst, sigma_drm, r_s)
+            n_S = noise(features, labels, *chosen, r_s)
             report(level, labels[np.argsort(order)], n_S)
         return labels
 
     done("tracklets", track)
+    level1, level2 = within_videos(features, video, track, frame, *chosen, cut, additions)
+    labels = done("single tracklet", level1)
+    if levels >= 2:
+        labels = done("single video", level2)
+    if levels == 3:
+        level3 = cross_video(features, labels, video, frame, chosen[1], r_s, *additions)
+        labels = done("cross video", level3)
+    return labels[np.argsort(order)]
+
+
+def within_videos(
+    features, video, track, frame, sigma_cst, sigma_drm, cut: bool, additions: tuple
+) -> tuple[np.ndarray, np.ndarray]:
+    """Levels 1 and 2, one video in memory at a time: the labels (N,) of each, numbers of one video
+    being of no other."""
     level1 = np.empty(len(track), np.int64)
     level2 = np.empty(len(track), np.int64)
     for rows in rows_of(video):
         x = unit(features[rows])
         pieces = cut_tracklets(x, track[rows], sigma_drm) if cut else track[rows]
         own = single_tracklet(x, pieces, sigma_cst)
-        # numbers that no other video has
         level1[rows] = np.where(own >= 0, rows[0] + dense(own), -1)
         own = single_video(x, own, pieces, frame[rows], sigma_cst, sigma_drm, *additions)
         level2[rows] = np.where(own >= 0, rows[0] + own, -1)
-    labels = done("single tracklet", level1)
-    if levels >= 2:
-        labels = done("single video", level2)
-    if levels == 3:
-        labels = cross_video(features, labels, video, frame, sigma_drm, r_s, *additions)
-        labels = done("cross video", labels)
-    return labels[np.argsort(order)]
+    return level1, level2
 
 
 def thresholds(
-    features, video, track, frame, sigma_cst=None, sigma_drm=None, r_s=1000, paper=False, **_
-) -> dict[str, float]:
+    features, video, track, frame, sigma_cst=None, sigma_drm=None, r_s=1000, paper=False
+) -> tuple[float, float]:
     """sigma_cst and sigma_drm as given, or the paper's, or else calibrated."""
     chosen = PAPER
     if not paper and (sigma_cst is None or sigma_drm is None):
         chosen = calibrate(features, video, track, frame, r_s)
-    return {
-        "sigma_cst": chosen[0] if sigma_cst is None else sigma_cst,
-        "sigma_drm": chosen[1] if sigma_drm is None else sigma_drm,
-    }
+    if sigma_cst is None:
+        sigma_cst = chosen[0]
+    if sigma_drm is None:
+        sigma_drm = chosen[1]
+    return sigma_cst, sigma_drm
 
 
 class Rows:
@@ -675,43 +684,62 @@ def calibrate(features, video, track, frame, r_s: int = 1000) -> tuple[float, fl
     its tracklet; `far` is the median between tracklets of different videos in a range, who are
     strangers. sigma_cst is halfway between wide and far. sigma_drm is halfway between near and far
     or, where people change more from video to video, the distance within which half of all links
-    lie: strangers are nearer than far as often as they are farther, so whoever is nearer beyond
-    that is linked. It is no larger than keeps strangers below a quarter of those within it."""
-    video, track = dense(np.asarray(video)), dense(np.asarray(track))
-    track = in_sequence(track, video, np.asarray(frame))
+    lie."""
+    video = dense(np.asarray(video))
+    track = in_sequence(dense(np.asarray(track)), video, np.asarray(frame))
     sums = sums_by_label(features, track)
-    own = [np.zeros(0)]
-    several = np.bincount(track) > 1
-    for part in parts(features):
-        mine = track[part]
-        x = unit(features[part])[several[mine]]
-        rest = unit(sums[mine[several[mine]]] - x)
-        own.append(1 - np.einsum("nd,nd->n", x, rest))
-    own = np.concatenate(own)
+    own = distances_to_the_rest(features, track, sums)
+    between = distances_between_videos(unit(sums), video, track, r_s)
     near, wide = np.quantile(own, (0.5, 0.95)) if len(own) else (0.0, 0.0)
+    far = np.median(between) if len(between) else 1.0
+    sigma_cst = (wide + far) / 2
+    sigma_drm = max((near + far) / 2, half_of_links(np.sort(between)))
+    return float(sigma_cst), float(sigma_drm)
 
-    centroids = unit(sums)
+
+def distances_to_the_rest(features, track: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """How far each image is from the centroid of the remaining ones of its tracklet, of those with
+    several; sums (T, d) of the tracklets' features."""
+    several = np.bincount(track) > 1
+    found = [np.zeros(0)]
+    for part in parts(features):
+        kept = several[track[part]]
+        x = unit(features[part])[kept]
+        remaining = unit(sums[track[part][kept]] - x)
+        found.append(1 - np.einsum("nd,nd->n", x, remaining))
+    return np.concatenate(found)
+
+
+def distances_between_videos(
+    centroids: np.ndarray, video: np.ndarray, track: np.ndarray, r_s: int
+) -> np.ndarray:
+    """Distances of tracklets, 1,000 at most and evenly spread, to all of other videos in range."""
     T = len(centroids)
     home = np.empty(T, np.int64)
     home[track] = video
-    distance = [np.zeros(0)]
+    found = [np.zeros(0)]
     for c in np.linspace(0, T - 1, min(T, 1000)).astype(int):
         t = np.arange(max(0, c - r_s), min(T, c + r_s + 1))
         t = t[home[t] != home[c]]
-        distance.append(1 - centroids[t] @ centroids[c])
-    distance = np.sort(np.concatenate(distance))
-    far = np.median(distance) if len(distance) else 1.0
-    sigma_drm = (near + far) / 2
+        found.append(1 - centroids[t] @ centroids[c])
+    return np.concatenate(found)
 
-    nearer = np.arange(1, len(distance) // 2 + 1)  # pairs up to each distance below far
-    mirrored = 2 * far - distance[: len(nearer)]
-    farther = len(distance) - np.searchsorted(distance, mirrored)
-    links = nearer - farther
-    trusted = np.flatnonzero(farther <= nearer / 4)
-    if len(trusted):
-        reached = np.argmax(links >= links.max() / 2)
-        sigma_drm = max(sigma_drm, distance[min(reached, trusted[-1])])
-    return float((wide + far) / 2), float(sigma_drm)
+
+def half_of_links(between: np.ndarray) -> float:
+    """The distance within which half of all links lie, of sorted distances between tracklets, most
+    of whom are strangers. They are nearer than the median as often as they are that much farther,
+    so what is nearer beyond that are links. It is never so large that a quarter within it would be
+    strangers; 0 where nobody is linked."""
+    median = np.median(between) if len(between) else 0.0
+    nearer = np.arange(1, len(between) // 2 + 1)
+    mirrored = 2 * median - between[: len(nearer)]
+    strangers = len(between) - np.searchsorted(between, mirrored)
+    links = nearer - strangers
+    trusted = np.flatnonzero(strangers <= nearer / 4)
+    if len(trusted) == 0:
+        return 0.0
+    half = np.argmax(links >= links.max() / 2)
+    return float(between[min(half, trusted[-1])])
 
 
 # ================================================================ the program
@@ -758,16 +786,8 @@ def denoise_tracklets(
 
     def say_level(level, found, n_S):
         labels[rows] = found
-        kept = int((found >= 0).sum())
-        identities = int(found.max()) + 1
-        line = f"{level:<16}{identities:>11,}{kept:>10,}{n_S.total:>11.2f}"
-        line += f"{n_S.consistency:>12.2f}{n_S.discrimination:>12.2f}"
-        figures = {"level": level, "identities": identities, "images_kept": kept, "noise": n_S}
-        if truth is not None:
-            figures |= pairwise_scores(labels, truth)
-            line += "{precision:>12.3f}{recall:>8.3f}{f1:>7.3f}".format(**figures)
-        table.append(figures)
-        say(line)
+        table.append(figures_of(level, labels, n_S, truth))
+        say(LINE.format(**table[-1]) + (SCORES.format(**table[-1]) if truth is not None else ""))
 
     space = None
     with replacing(scratch, keep=False) as file:
@@ -776,27 +796,42 @@ def denoise_tracklets(
             shape = len(rows), space.matrix.shape[1]
             placed = np.lib.format.open_memmap(file, "w+", np.float16, shape)
             features = place(features, *index, space, placed)
-        options |= thresholds(features, *index, **options)
-        say("sigma_cst {sigma_cst:.3f}, sigma_drm {sigma_drm:.3f}, r_s {r_s:,}".format(**options))
-        header = "level            identities    images  noise n_S =  too wide + too close"
-        say(header + "   precision  recall     F1" if truth is not None else header)
+        given = [options[name] for name in ("sigma_cst", "sigma_drm", "r_s", "paper")]
+        chosen = thresholds(features, *index, *given)
+        options |= zip(("sigma_cst", "sigma_drm"), chosen)
+        say("sigma_cst {:.3f}, sigma_drm {:.3f}, r_s {:,}".format(*chosen, options["r_s"]))
+        say(HEADER)
         denoise(features, *index, report=say_level, **options)
 
     figures = table[-1] | {"levels": table, "unreadable": unreadable.tolist()}
-    figures["noise_before"] = table[0]["noise"]
-    figures["noise_after"] = table[-1]["noise"]
-    for name in ("sigma_cst", "sigma_drm"):
-        figures[name] = options[name]
+    figures |= {"noise_before": table[0]["noise"], "noise_after": table[-1]["noise"]}
+    figures |= zip(("sigma_cst", "sigma_drm"), chosen)
     if truth is not None:
         figures["f1_tracklets"] = table[0]["f1"]
-    kept = labels >= 0
-    for name, of in (("tracklets", tracklets.track), ("videos", tracklets.video)):
-        spanned = np.unique(labels[kept] * (of.max() + 1) + of[kept])
-        figures[f"{name}_per_identity"] = len(spanned) / figures["identities"]
-    spans = "{tracklets_per_identity:.1f} tracklets, {videos_per_identity:.1f} videos"
-    say(f"an identity spans {spans.format(**figures)}")
+    spanned = {"tracklets": tracklets.track, "videos": tracklets.video}
+    for name, of in spanned.items():
+        both = np.unique(labels[labels >= 0] * (of.max() + 1) + of[labels >= 0])
+        figures[f"{name}_per_identity"] = len(both) / figures["identities"]
+        say(f"an identity spans {figures[f'{name}_per_identity']:.1f} {name}")
     figures["seconds"] = time.time() - clock
     return labels, figures, space
+
+
+HEADER = "level            identities    images  noise n_S =  too wide + too close"
+HEADER += "   precision  recall     F1, where the truth is known"
+LINE = "{level:<16}{identities:>11,}{images_kept:>10,}"
+LINE += "{noise[0]:>11.2f}{noise[1]:>12.2f}{noise[2]:>12.2f}"
+SCORES = "{precision:>12.3f}{recall:>8.3f}{f1:>7.3f}"
+
+
+def figures_of(level: str, labels: np.ndarray, n_S: Noise, truth: np.ndarray | None) -> dict:
+    """What is logged of a level."""
+    figures = {"level": level, "identities": int(labels.max()) + 1}
+    figures["images_kept"] = int((labels >= 0).sum())
+    figures["noise"] = n_S
+    if truth is not None:
+        figures |= pairwise_scores(labels, truth)
+    return figures
 
 
 def show_identities(file, tracklets, labels, people: int = 12, columns: int = 14) -> None:

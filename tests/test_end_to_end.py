@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 import data
-from denoise import pairwise_scores
+from denoise import denoise, pairwise_scores
 
 TINY = "--recipe demo --arch r10ibn --size 32 16 --local_size 32 16 --canvas 32 16 --batch 16 --hidden 32 --bottleneck 16 --prototypes 32 " \
        "--tracklet_epochs 1 --K 2 4 --epochs 1 1 --rounds 2 --epoch_steps 12 --log_every 3 --workers 0".split()
@@ -90,15 +90,24 @@ def test_denoising_up_to_a_level(walkers, tmp_path):
         assert (tracks > len(np.unique(labels[kept]))) == (levels == 2)
 
 
-def test_denoising_without_what_the_paper_does_not_have(walkers, tmp_path):
-    """The flags reach denoise.py: no centring and no whitening leave features as they are, no cut leaves tracklets whole."""
-    t, off = data.read_tracklets(walkers / "train"), ["--no-center", "--no-whiten", "--no-split", "--smooth", 0]
-    run(tmp_path, "train.py", "--data", walkers, "--levels", 1, "--name", "off", *TINY, "--epoch_steps", 4, "--rounds", 1, *off)
+def test_denoising_as_the_paper_has_it(walkers, tmp_path):
+    """--denoising paper: its thresholds, and no space; the other flags reach denoise.py as well, one by one."""
+    t = data.read_tracklets(walkers / "train")
+    flags = ["train.py", "--data", walkers, "--levels", 1, *TINY, "--epoch_steps", 4, "--rounds", 1]
+    output = run(tmp_path, *flags, "--name", "paper", "--denoising", "paper")
+    assert "sigma_cst 0.200, sigma_drm 0.180, r_s" in output
+    folder = tmp_path / "runs" / "paper"
+    assert not (folder / "space.npz").exists()
+    (event,) = events(folder, "denoise")
+    assert (event["sigma_cst"], event["sigma_drm"]) == (0.2, 0.18)
+    run(tmp_path, *flags, "--name", "off", "--no-center", "--no-whiten", "--no-cut")
     space = np.load(tmp_path / "runs" / "off" / "space.npz")
     assert np.isinf(space["prior"]) and (space["matrix"] == np.eye(len(space["matrix"]))).all()
-    labels = data.read_labels(tmp_path / "runs" / "off" / "identities.json", t)
-    kept = labels >= 0
-    assert len(np.unique(np.stack([labels[kept], t.track[kept]]), axis=1).T) == len(np.unique(t.track[kept]))
+    for name in ("paper", "off"):  # level 1 leaves each tracklet one identity
+        labels = data.read_labels(tmp_path / "runs" / name / "identities.json", t)
+        kept = labels >= 0
+        pairs = {*zip(labels[kept], t.track[kept])}
+        assert len(pairs) == len(np.unique(t.track)) == labels.max() + 1
 
 
 def test_training_changed_the_weights_and_kept_them_finite(finished):
@@ -128,40 +137,29 @@ def test_denoise_alone_writes_an_annotation_that_training_takes(finished, walker
 
 
 def test_denoise_takes_features_from_anywhere_and_other_thresholds_without_extracting_again(finished, walkers, tmp_path):
-    folder, _ = finished
-    flags = ["denoise.py", "--data", walkers, "--weights", folder / "runs" / "tiny" / "last.pt", "--workers", 0]
+    denoise = ["denoise.py", "--data", walkers]
+    flags = [*denoise, "--weights", finished[0] / "runs" / "tiny" / "last.pt", "--workers", 0]
     run(tmp_path, *flags, "--out", "a.json")
     (file,) = tmp_path.glob("features-*.npy")
     stamp = file.stat().st_mtime_ns
-    output = run(tmp_path, *flags, "--out", "b.json", "--sigma", 0.4, "--tau", 0.3)
-    assert f"features: found in {file.name}" in output and "sigma 0.400, tau 0.300" in output and file.stat().st_mtime_ns == stamp
+    output = run(tmp_path, *flags, "--out", "b.json", "--sigma_cst", 0.4, "--sigma_drm", 0.3)
+    assert f"features: found in {file.name}" in output and file.stat().st_mtime_ns == stamp
+    assert "sigma_cst 0.400, sigma_drm 0.300" in output
     t = data.read_tracklets(walkers / "train")
-    assert run(tmp_path, "denoise.py", "--data", walkers, "--index").split() == [t.path(i) for i in range(len(t))]
-    reader, writer = os.pipe()
-    os.close(reader)  # as `| head` does when it has read enough
-    ended = subprocess.run(command("denoise.py", "--data", walkers, "--index"), cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
-    assert ended.returncode == 0 and not ended.stderr
+    assert run(tmp_path, *denoise, "--index").split() == [t.path(i) for i in range(len(t))]
     features = np.load(file).astype(np.float32) * 3
     np.save(tmp_path / "mine.npy", features)
-    assert "one video only" not in run(tmp_path, *flags[:3], "--features", "mine.npy", "--out", "c.json")
-    np.save(tmp_path / "first.npy", features[t.video == 0])
-    output = run(tmp_path, "denoise.py", "--data", walkers / "train" / t.folders[0], "--features", "first.npy", "--out", "one.json")
-    assert "there is one video only, so level 3 had nothing to compare" in output
+    run(tmp_path, *denoise, "--features", "mine.npy", "--out", "c.json")
     a, b, c = (data.read_labels(tmp_path / f"{name}.json", t) for name in "abc")
     assert (a == c).all() and not (a == b).all()
-    space = np.load(tmp_path / "a.space.npz")
-    assert sorted(space) == ["matrix", "mean", "prior"] and space["matrix"].shape[0] == features.shape[1]
-    np.save(tmp_path / "short.npy", features[1:])
-    assert f"expected float16 or float32 ({len(t)}, d)" in run(tmp_path, *flags[:3], "--features", "short.npy", "--out", "d.json", fails=True)
+    with np.load(tmp_path / "a.space.npz") as space:
+        assert sorted(space) == ["matrix", "mean", "prior"] and len(space["matrix"]) == features.shape[1]
     features[7] = np.nan
     np.save(tmp_path / "nan.npy", features)
-    assert "not finite, the first: row 7" in run(tmp_path, *flags[:3], "--features", "nan.npy", "--out", "d.json", fails=True)
-    (tmp_path / "text.npy").write_text("0.1 0.2")
-    assert "expected one array in NumPy's .npy format" in run(tmp_path, *flags[:3], "--features", "text.npy", "--out", "d.json", fails=True)
-    features[7] = 0
-    np.save(tmp_path / "zero.npy", features)
-    assert "zero or not finite, the first: row 7" in run(tmp_path, *flags[:3], "--features", "zero.npy", "--out", "d.json", fails=True)
+    np.save(tmp_path / "short.npy", features[1:])
+    for name, words in (("short.npy", f"a row for each of the {len(t):,} images"), ("nan.npy", "not finite"), ("no.npy", "No such file")):
+        assert words in run(tmp_path, *denoise, "--features", name, "--out", "d.json", fails=True)
+    assert "expected a name that ends in .json" in run(tmp_path, *denoise, "--out", "d.txt", fails=True)
     assert not list(tmp_path.glob("d.*")) and not list(tmp_path.glob("*scratch*")) and not list(tmp_path.glob(".*"))
     two = tmp_path / "two"
     two.mkdir()
@@ -169,9 +167,28 @@ def test_denoise_takes_features_from_anywhere_and_other_thresholds_without_extra
     assert np.abs(np.load(next(two.glob("features-*.npy"))) - np.load(file)).max() < 2e-3
 
 
+def test_the_paper_alone_says_the_noise_of_every_level(finished, walkers, tmp_path):
+    """denoise.py --paper: n_S and its two parts, a line a level, as the summary and the library have them."""
+    weights = finished[0] / "runs" / "tiny" / "last.pt"
+    output = run(tmp_path, "denoise.py", "--data", walkers, "--weights", weights, "--workers", 0, "--paper", "--r_s", 9, "--sigma_drm", 0.01)
+    assert "sigma_cst 0.200, sigma_drm 0.010, r_s 9" in output
+    t = data.read_tracklets(walkers / "train")
+    features = np.load(next(tmp_path.glob("features-*.npy")))
+    reports = []
+    labels = denoise(features, t.video, t.track, t.frame, None, 0.01, 9, paper=True, report=lambda *line: reports.append(line))
+    assert (data.read_labels(tmp_path / "identities.json", t) == labels).all()
+    levels = json.loads((tmp_path / "identities.summary.json").read_text())["levels"]
+    assert [level["noise"] for level in levels] == [pytest.approx(n_S) for _, _, n_S in reports]
+    for name, found, n_S in reports:
+        (line,) = [line for line in output.splitlines() if line.startswith(name + " ")]
+        numbers = [f"{found.max() + 1:,}", f"{(found >= 0).sum():,}"] + [f"{share:.2f}" for share in n_S]
+        assert line[len(name) :].split()[:5] == numbers
+    assert not (tmp_path / "identities.space.npz").exists() and (tmp_path / "identities.png").stat().st_size > 500
+
+
 def test_the_benchmark_of_scale_runs(tmp_path):
-    output = run(tmp_path, ROOT / "tests" / "benchmark.py", "scale", "--images", 3000, "--windows", 4, 8)
-    assert "| 3,000 | 7 |" in output and output.count("| 8 |") == 1
+    output = run(tmp_path, ROOT / "tests" / "benchmark.py", "scale", "--images", 3000, "--ranges", 30, 60)
+    assert "| 3,000 |" in output
 
 
 def test_the_same_command_again_says_that_it_is_done(finished, walkers):

@@ -68,11 +68,13 @@ def test_every_setting_has_a_line_of_help(capsys):
     (["--rounds", "0"], "expected numbers above 0"),
     (["--recipe", "quick"], "expected paper or demo"),
     (["--centering", "none"], "expected ema or sinkhorn"),
-    (["--sigma", "3"], r"lies in \[0, 2\]"),
-    (["--tau", "nan"], r"lies in \[0, 2\]"),
+    (["--sigma_cst", "3"], r"lies in \[0, 2\]"),
+    (["--sigma_drm", "nan"], r"lies in \[0, 2\]"),
+    (["--denoising", "theirs"], "expected ours or paper"),
+    (["--nearness", "-1"], "nearness=-1.0: expected a cosine distance"),
     (["--ratio", "0.6", "0.4"], r"--ratio \(0.6, 0.4\): expected two numbers above 0, the smaller first"),
     (["--local_scale", "0.05", "1.5"], "at most 1"),
-    (["--window", "8"], "ranges must overlap"),
+    (["--r_s", "0"], "r_s=0: the sliding range"),
     (["--teacher_temp", "0.04", "0"], "expected numbers above 0"),
     (["--save_every", "0"], "expected numbers above 0"),
     (["--warmup", "1"], "expected a share of the steps"),
@@ -86,6 +88,28 @@ def test_every_setting_has_a_line_of_help(capsys):
 def test_settings_that_cannot_work_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         train.parse_settings(flags)
+
+
+def test_denoising_is_called_with_what_the_flags_say():
+    """Every option by its own flag; thresholds that are not given are left to be calibrated."""
+    options = train.denoising_options(train.parse_settings([]))
+    assert not options["paper"]
+    assert options["sigma_cst"] is None and options["sigma_drm"] is None
+    flags = "--denoising paper --sigma_cst 0.5 --sigma_drm 0 --r_s 7 --levels 2 --nearness 0.3"
+    flags += " --no-center --no-whiten --no-cut --no-cannot_link --no-closest_first"
+    assert train.denoising_options(train.parse_settings(flags.split())) == {
+        "paper": True,
+        "sigma_cst": 0.5,
+        "sigma_drm": 0.0,
+        "r_s": 7,
+        "levels": 2,
+        "nearness": 0.3,
+        "center": False,
+        "whiten": False,
+        "cut": False,
+        "cannot_link": False,
+        "closest_first": False,
+    }
 
 
 def test_schedules_at_their_corners():
