@@ -262,8 +262,8 @@ def test_pairwise_scores_by_hand():
 def test_tracklets_are_cut_where_the_person_changes_and_nowhere_else():
     features = at(0, 1, 2, 90, 91, 180, 50, 60, 70)
     track = np.array([7] * 6 + [3] * 3)
-    assert D.find_cut(features[:5], 0.5) == 3
-    assert D.find_cut(features[:5], 1.1) == 0
+    assert D.find_cut(features[:4], 0.5) == 3
+    assert D.find_cut(features[:4], 1.1) == 0
     assert D.find_cut(features[2:4], 0.5) == 1  # parts of one image
     cut = D.cut_tracklets(features, track, 0.5)
     assert partition(cut) == partition([0, 0, 0, 1, 1, 2, 3, 3, 3])
