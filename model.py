@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, distributed as dist, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1, conv3x3
 
@@ -382,8 +383,8 @@ def extract_to_file(folder, backbone: nn.Module, tracklets: Tracklets, canvas: t
 
 
 def multiply_adds(backbone: nn.Module, size: tuple[int, int] = (256, 128)) -> int:
-    """Multiply-adds of one image, which torch counts as two operations."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    """Multiply-adds of one image, which torch counts as two operations; attention as plain products, which all versions count."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         backbone.eval()(torch.zeros(1, 3, *size))
     return counter.get_total_flops() // 2
 

@@ -12,6 +12,7 @@
 Read first: `denoise`, `scale`, `draw_video`, `step`.
 """
 import argparse
+import contextlib
 import copy
 import json
 import subprocess
@@ -120,7 +121,8 @@ def encoded_walkers(noise: float, seed: int) -> Case:
         subprocess.run(command.split(), check=True, stdout=subprocess.DEVNULL)
     tracklets = data.read_tracklets(root / "train")
     backbone, size, _ = model.load_backbone(folder / "last.pt")
-    features = model.extract_to_file(folder, backbone, tracklets, size, "cpu")
+    with contextlib.redirect_stdout(sys.stderr):
+        features = model.extract_to_file(folder, backbone, tracklets, size, "cpu")
     truth = data.read_labels(root / "train.json", tracklets)
     index = tracklets.video, tracklets.track, tracklets.frame
     return Case(np.asarray(features, np.float32), *index, truth, WALKERS_RANGE)
@@ -231,10 +233,10 @@ def denoise(args) -> None:
         return score_of(case, ours[id(case)], **options)["f1"]
 
     if "paper" in args.parts:
-        csts = (0.1, 0.2, 0.3, 0.5, 2.0)
-        drms = np.linspace(0.01, 0.4, 27)
-        wide = (0.6, 0.8, 1.0, 2.0)
-        wider = np.linspace(0.1, 0.7, 31)
+        csts = (0.1, 0.3, 2.0)
+        drms = np.linspace(0.02, 0.3, 15)
+        wide = (0.8, 2.0)
+        wider = np.linspace(0.2, 0.7, 11)
         table("The paper's levels, and ours", cases, {
             "raw tracklets": lambda c: D.pairwise_scores(D.dense(c.track), c.truth)["f1"],
             "paper's levels, 0.2 and 0.18": lambda c: score_of(c, plain[id(c)], paper=True)["f1"],
@@ -281,7 +283,7 @@ def denoise(args) -> None:
                 x = ours[id(case)]
                 sigma_cst, sigma_drm = D.calibrate(x, *case[1:4], case.r_s)
                 mine = f1(case)
-                best = best_f1(case, x, (0.7, 0.8, 0.9, 2.0), np.arange(0.6, 0.95, 0.02))
+                best = best_f1(case, x, (0.8, 2.0), np.arange(0.64, 0.93, 0.02))
                 body.append([name, f"{sigma_cst:.3f}", f"{sigma_drm:.3f}", f"{mine:.3f}", *(f"{v:.3f}" for v in best), f"{best[0] - mine:+.3f}"])
         print_rows("Calibrated, and the best of a grid by the truth", ["", "sigma_cst", "sigma_drm", "F1", "best F1", "at sigma_cst", "sigma_drm", "missed"], body)
 
