@@ -1,4 +1,4 @@
-"""denoise.py: the paper's levels against loops over its equations, then what we add against its own.
+"""denoise.py: the paper's levels against loops over its equations, our additions against theirs.
 
 A literal implementation stands beside each test that uses it: float64, one sample, tracklet or pair
 after another, in the words of docs and docstrings."""

@@ -230,7 +230,7 @@ def test_two_processes_share_the_work_and_find_the_same_identities(finished, wal
     weights = finished[0] / "runs" / "tiny" / "last.pt"
     flags = ["train.py", "--data", walkers, "--weights", weights, "--name", "tiny", *TINY, "--rounds", 1]
     run(tmp_path, *flags, launcher=[*TORCHRUN, "--nproc_per_node=2"])
-    run(tmp_path, "denoise.py", "--data", walkers, "--weights", weights, "--workers", 0)
+    run(tmp_path, "denoise.py", "--data", walkers, "--weights", weights, "--workers", 0, "--r_s", 130)  # as the demo has it
     t = data.read_tracklets(walkers / "train")
     one, two = (data.read_labels(tmp_path / file, t) for file in ("identities.json", "runs/tiny/identities.json"))
     assert pairwise_scores(two, one)["f1"] > 0.99
