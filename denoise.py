@@ -13,6 +13,7 @@ centroid for each tracklet. Read first: `noise`, `trim`, `reallocate`, `links`, 
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -594,9 +595,9 @@ def merge_closest_first(
 
     How far two identities are is the mean over the pairs of their tracklets, which the sums of
     centroids (T, d) give, plus nearness times the places between them, as a share of r_s. A union
-    has the links of its parts. Those `apart` (2, pairs), and unions with them, never join. Any two
-    that are each other's closest join at once: the mean lets nobody come closer by a union, so it
-    is as if one pair joined after the other (Bruynooghe, 1977), in a dozen rounds for any T."""
+    has the links of its parts. Those `apart` (2, pairs), and unions with them, never join. All who
+    are each other's closest join at once, which takes a dozen rounds for any T. With everybody in
+    range and no nearness that is the same as one pair after the other (Bruynooghe, 1977)."""
     T = len(centroids)
     identity = np.arange(T)
     sums = centroids.copy()
@@ -694,7 +695,8 @@ def calibrate(features, video, track, frame, r_s: int = 1000) -> tuple[float, fl
     far = np.median(between) if len(between) else 1.0
     sigma_cst = (wide + far) / 2
     sigma_drm = max((near + far) / 2, half_of_links(np.sort(between)))
-    return float(sigma_cst), float(sigma_drm)
+    # where all features are alike, rounding must not exclude or cut anything
+    return float(max(sigma_cst, 2 * TIE)), float(max(sigma_drm, 2 * TIE))
 
 
 def distances_to_the_rest(features, track: np.ndarray, sums: np.ndarray) -> np.ndarray:
@@ -780,6 +782,7 @@ def denoise_tracklets(
     unreadable = np.flatnonzero(~readable)
     refuse_unreadable(tracklets, unreadable, len(tracklets))
     features = Rows(features, rows)
+    check_features(features)
     index = tracklets.video[rows], tracklets.track[rows], tracklets.frame[rows]
     labels = np.full(len(tracklets), -1)
     table = []
@@ -891,6 +894,7 @@ def main() -> None:
     train_folder, test_folder = find_splits(args.data)
     tracklets = read_tracklets(train_folder)
     if args.index:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` has read enough
         for i in range(len(tracklets)):
             print(tracklets.path(i))
         return

@@ -582,5 +582,7 @@ def test_tiny_inputs_work(paper):
     run = lambda *arguments: D.denoise(*arguments, paper=paper).tolist()
     assert run(np.ones((1, 4)), [0], [0], [0]) == [0]
     assert run([[1.0, 0], [1.0, 0.1]], [0, 0], [0, 0], [0, 1], 0.2, 0.2) == [0, 0]
+    alike = run(np.ones((6, 3)), [0, 0, 0, 1, 1, 1], [0, 0, 1, 2, 2, 2], range(6))
+    assert min(alike) >= 0 and alike[3] == alike[4] == alike[5]  # a collapsed encoder loses nobody
     opposite = run([[1.0, 0], [-1.0, 0]], [0, 0], [0, 0], [0, 1], 0.2, 0.2)
     assert opposite == ([0, -1] if paper else [0, 1])  # excluded; cut in two
