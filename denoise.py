@@ -34,12 +34,11 @@ from data import (
     read_tracklets,
     refuse_unreadable,
     replacing,
-    require,
     write_labels,
 )
 from model import extract_to_file, load_backbone
 
-TIE = 1e-6  # distances closer than this are equal: float32 knows no better
+TIE = 1e-6  # distances that differ by less are equal, for the rounding of float32
 BLOCK = 512  # tracklets whose distances to their ranges are in memory at a time
 
 
@@ -54,7 +53,7 @@ def unit(features) -> np.ndarray:
 
 
 def centroid(features: np.ndarray) -> np.ndarray:
-    """c_k (d,): the mean of an identity's features (n, d), at unit length again."""
+    """c_k (d,): the mean of an identity's features (n, d), at unit length, which no cosine sees."""
     return unit(features.mean(0))
 
 
@@ -67,8 +66,8 @@ class Noise(NamedTuple):
     """n_S and its two parts."""
 
     total: float
-    consistency: float  # identities that are too wide, of all
-    discrimination: float  # other identities that are too close to one, on average
+    consistency: float  # share of identities that are too wide
+    discrimination: float  # ordered pairs that are too close, for each identity
 
 
 def noise(features, labels, sigma_cst: float, sigma_drm: float, r_s: int | None = None) -> Noise:
@@ -137,8 +136,8 @@ def centroids_of(features, labels: np.ndarray) -> np.ndarray:
 def trim(features: np.ndarray, sigma_cst: float) -> np.ndarray:
     """Which of a tracklet's features (n, d), in order of time, are consistent: indices, ascending.
 
-    Again and again, the sample farthest from the centroid of the remaining ones is excluded, while
-    that is at least sigma_cst. Of samples equally far the latest goes; one is a tracklet."""
+    Repeat: the sample farthest from the centroid of the remaining ones is excluded, if it is at
+    least sigma_cst away. Of samples equally far the latest goes; the last one always stays."""
     kept = np.arange(len(features))
     while len(kept) > 1:
         x = features[kept]
@@ -152,7 +151,7 @@ def trim(features: np.ndarray, sigma_cst: float) -> np.ndarray:
 
 
 def single_tracklet(features: np.ndarray, track: np.ndarray, sigma_cst: float) -> np.ndarray:
-    """Level 1: labels (n,), an image's tracklet, or -1 where it is in that one's exclusion set.
+    """Level 1: labels (n,), the number of an image's tracklet, or -1 where it was excluded.
     features (n, d), unit length; track (n,), the images of each tracklet in order of time."""
     labels = np.full(len(track), -1, np.int64)
     for rows in rows_of(track):
@@ -219,7 +218,7 @@ def single_video(
     labels = reallocate(features, labels, track, sigma_cst, frame if cannot_link else None)
     video = np.zeros_like(frame)
     labels = in_sequence(labels, video, frame)
-    all_of_it = max(1, labels.max())  # as the range: the ultra-long video in small
+    all_of_it = max(1, labels.max())  # every tracklet is in the range of every other
     return cross_video(
         features, labels, video, frame, sigma_drm, all_of_it, cannot_link, closest_first, nearness
     )
@@ -249,17 +248,24 @@ def links(centroids: np.ndarray, sigma_drm: float, r_s: int):
 
 
 def closure(centroids: np.ndarray, sigma_drm: float, r_s: int) -> np.ndarray:
-    """The closure of all linking relations of centroids (T, d), everybody who is linked, through
-    others too, being one identity: their numbers (T,). O(T r_s) in time; in memory are the links of
-    one block, however long they chain."""
-    T = len(centroids)
-    identity = np.arange(T)
+    """The closure of all linking relations of centroids (T, d): everybody who is linked, through
+    others too, is one identity. Their numbers (T,). O(T r_s), however long links chain."""
+    heads = [np.zeros(0, np.int64)]
+    members = [np.zeros(0, np.int64)]
     for c, t, _ in links(centroids, sigma_drm, r_s):
-        ends = identity[c], identity[t]
-        linked = coo_array((np.ones(len(c), bool), ends), shape=(T, T))
-        component = connected_components(linked, directed=False)[1]
-        identity = component[identity]
-    return identity
+        # of a block's links only those are kept that make the same closure: to the first of each
+        names, ends = np.unique(np.concatenate([c, t]), return_inverse=True)
+        part = connected(ends[: len(c)], ends[len(c) :], len(names))
+        first = names[np.unique(part, return_index=True)[1]]
+        heads.append(first[part])
+        members.append(names)
+    return connected(np.concatenate(heads), np.concatenate(members), len(centroids))
+
+
+def connected(i: np.ndarray, j: np.ndarray, n: int) -> np.ndarray:
+    """Numbers (n,) of the connected components of links i, j between 0..n-1."""
+    linked = coo_array((np.ones(len(i), bool), (i, j)), shape=(n, n))
+    return connected_components(linked, directed=False)[1]
 
 
 def cross_video(
@@ -289,9 +295,9 @@ def in_sequence(labels: np.ndarray, video: np.ndarray, frame: np.ndarray) -> np.
     kept = np.flatnonzero(labels >= 0)
     kept = kept[np.lexsort((frame[kept], video[kept]))]
     names, first = np.unique(labels[kept], return_index=True)
-    place = np.full(labels.max(initial=-1) + 2, -1)  # the last is that of -1
-    place[names[np.argsort(first)]] = np.arange(len(names))
-    return place[labels]
+    number = np.full(labels.max(initial=-1) + 2, -1)  # number[-1], the last, is that of -1
+    number[names[np.argsort(first)]] = np.arange(len(names))
+    return number[labels]
 
 
 # ---------------------------------------------------------------- all of it
@@ -340,14 +346,15 @@ def denoise(
     check_settings(sigma_cst, sigma_drm, r_s, nearness, levels)
     video, track, frame = check_index(video, track, frame, features)
     check_features(features)
-    order = np.lexsort((frame, track, video))
+    track = number_tracklets(video, track)
+    order = np.lexsort((frame, track))  # tracklets are numbered by video
+    back = np.argsort(order)
     features = Rows(features, order)
     video = video[order]
-    frame = frame[order]
     track = track[order]
-    begins = (np.diff(video, prepend=-1) != 0) | (np.diff(track, prepend=-1) != 0)
-    track = np.cumsum(begins) - 1
-    chosen = thresholds(features, video, track, frame, sigma_cst, sigma_drm, r_s, paper)
+    frame = frame[order]
+    given = (sigma_cst, sigma_drm, r_s, paper)
+    sigma_cst, sigma_drm = thresholds(features, video, track, frame, *given)
     if paper:
         cut = cannot_link = closest_first = False
         nearness = 0.0
@@ -357,19 +364,20 @@ def denoise(
         """Labels in the order of the ultra-long video, reported in the order of the rows given."""
         labels = in_sequence(labels, video, frame)
         if report is not None:
-            n_S = noise(features, labels, *chosen, r_s)
-            report(level, labels[np.argsort(order)], n_S)
+            n_S = noise(features, labels, sigma_cst, sigma_drm, r_s)
+            report(level, labels[back], n_S)
         return labels
 
     done("tracklets", track)
-    level1, level2 = within_videos(features, video, track, frame, *chosen, cut, additions)
+    within = within_videos(features, video, track, frame, sigma_cst, sigma_drm, cut, additions)
+    level1, level2 = within
     labels = done("single tracklet", level1)
     if levels >= 2:
         labels = done("single video", level2)
     if levels == 3:
-        level3 = cross_video(features, labels, video, frame, chosen[1], r_s, *additions)
+        level3 = cross_video(features, labels, video, frame, sigma_drm, r_s, *additions)
         labels = done("cross video", level3)
-    return labels[np.argsort(order)]
+    return labels[back]
 
 
 def within_videos(
@@ -382,11 +390,17 @@ def within_videos(
     for rows in rows_of(video):
         x = unit(features[rows])
         pieces = cut_tracklets(x, track[rows], sigma_drm) if cut else track[rows]
-        own = single_tracklet(x, pieces, sigma_cst)
-        level1[rows] = np.where(own >= 0, rows[0] + dense(own), -1)
-        own = single_video(x, own, pieces, frame[rows], sigma_cst, sigma_drm, *additions)
-        level2[rows] = np.where(own >= 0, rows[0] + own, -1)
+        first = single_tracklet(x, pieces, sigma_cst)
+        level1[rows] = np.where(first >= 0, rows[0] + dense(first), -1)
+        second = single_video(x, first, pieces, frame[rows], sigma_cst, sigma_drm, *additions)
+        level2[rows] = np.where(second >= 0, rows[0] + second, -1)
     return level1, level2
+
+
+def number_tracklets(video: np.ndarray, track: np.ndarray) -> np.ndarray:
+    """Numbers 0..T-1 (N,) of tracklets (video, track), by video."""
+    track = dense(track)
+    return dense(dense(video) * (track.max() + 1) + track)
 
 
 def thresholds(
@@ -454,7 +468,7 @@ def check_features(features) -> None:
     """Raise ValueError for rows of features (N, d) that are zero or not finite."""
     for part in parts(features):
         length = np.linalg.norm(np.asarray(features[part], np.float32), axis=1)
-        bad = np.flatnonzero(~np.isfinite(length) | (length == 0))
+        bad = np.flatnonzero(~(length > 1e-12) | ~np.isfinite(length))
         if len(bad):
             raise ValueError(f"features: row {part.start + bad[0]} is zero or not finite")
 
@@ -472,7 +486,7 @@ class Space(NamedTuple):
     """Where features are compared: x -> unit((x - its video's mean) @ matrix)."""
 
     mean: np.ndarray  # (d,) of all images
-    prior: float  # weight of that mean in a video's own, in tracklets; inf: it is all
+    prior: float  # as how many tracklets `mean` counts in a video's own mean; inf: only it counts
     matrix: np.ndarray  # (d, k)
 
 
@@ -480,12 +494,12 @@ def fit_space(features, video, track, center: bool = True, whiten: bool = True) 
     """A space found without a label, in two passes: features (N, d); video, track (N,).
 
     center: a camera makes its images alike, so a video's mean is taken off, drawn to the overall
-    mean as if 8 tracklets more had that. whiten: the covariance is divided out, shrunk towards a
-    sphere by the oracle approximating coefficient (Chen et al., 2010), in the 512 principal
-    directions at most, and half as many as there are tracklets: among more, some would tell every
-    tracklet from every other."""
+    mean as if 8 tracklets more had that; without it, the overall mean is taken off. whiten: the
+    covariance is divided out, shrunk towards a sphere by the oracle approximating coefficient (Chen
+    et al., 2010), in the 512 principal directions at most, and half as many as there are tracklets:
+    among more, some would tell every tracklet from every other."""
     video = dense(np.asarray(video))
-    track = np.asarray(track)
+    track = number_tracklets(video, np.asarray(track))
     N, d = features.shape
     total = sums_by_label(features, np.zeros(N, np.int64))[0]
     space = Space(total / N, 8.0 if center else np.inf, np.eye(d, dtype=np.float32))
@@ -503,8 +517,8 @@ def fit_space(features, video, track, center: bool = True, whiten: bool = True) 
     sphere = trace / d * np.eye(d)
     values, vectors = np.linalg.eigh((1 - rho) * covariance + rho * sphere)  # ascending
     matrix = vectors / np.sqrt(np.maximum(values, 1e-9))
-    tracklets = len(np.unique(track))
-    kept = min(d, 512, max(2, tracklets // 2))
+    T = track.max() + 1
+    kept = min(d, 512, max(2, T // 2))
     return space._replace(matrix=matrix[:, -kept:].astype(np.float32))
 
 
@@ -602,13 +616,13 @@ def merge_closest_first(
     identity = np.arange(T)
     sums = centroids.copy()
     size = np.ones(T, np.float32)
-    place = np.arange(T, dtype=np.float64)
+    position = np.arange(T, dtype=np.float64)  # like sums: of all its tracklets
     pairs = nearest_links(centroids, sigma_drm, r_s)
     never = np.empty(0, np.int64) if apart is None else apart[0] * T + apart[1]
     while True:
         pairs = pairs[~np.isin(pairs, never)]
         i, j = np.divmod(pairs, T)
-        gap = np.abs(place[i] / size[i] - place[j] / size[j])
+        gap = np.abs(position[i] / size[i] - position[j] / size[j])
         distance = 1 - dots(sums, i, j) / (size[i] * size[j])
         distance += nearness * np.minimum(gap / r_s, 1)
         near = distance < sigma_drm
@@ -618,7 +632,7 @@ def merge_closest_first(
         i, j = mutually_closest(i[near], j[near], distance[near])
         sums[i] += sums[j]
         size[i] += size[j]
-        place[i] += place[j]
+        position[i] += position[j]
         union = np.arange(T)
         union[j] = i
         identity = union[identity]
@@ -687,7 +701,8 @@ def calibrate(features, video, track, frame, r_s: int = 1000) -> tuple[float, fl
     or, where people change more from video to video, the distance within which half of all links
     lie."""
     video = dense(np.asarray(video))
-    track = in_sequence(dense(np.asarray(track)), video, np.asarray(frame))
+    track = number_tracklets(video, np.asarray(track))
+    track = in_sequence(track, video, np.asarray(frame))
     sums = sums_by_label(features, track)
     own = distances_to_the_rest(features, track, sums)
     between = distances_between_videos(unit(sums), video, track, r_s)
@@ -728,10 +743,10 @@ def distances_between_videos(
 
 
 def half_of_links(between: np.ndarray) -> float:
-    """The distance within which half of all links lie, of sorted distances between tracklets, most
-    of whom are strangers. They are nearer than the median as often as they are that much farther,
-    so what is nearer beyond that are links. It is never so large that a quarter within it would be
-    strangers; 0 where nobody is linked."""
+    """The distance within which half of all links lie. `between`: sorted distances of tracklets,
+    most of whom are strangers. Strangers are nearer than the median m by x as often as farther by
+    x. So within m - x are as many strangers as lie beyond m + x, and the others are links. Only
+    distances within which a quarter at most are strangers are trusted; 0 if there are none."""
     median = np.median(between) if len(between) else 0.0
     nearer = np.arange(1, len(between) // 2 + 1)
     mirrored = 2 * median - between[: len(nearer)]
@@ -917,11 +932,11 @@ def main() -> None:
     print(f"{train_folder}: {tracklets}", flush=True)
     scratch = out.with_suffix(".scratch")
     labels, figures, space = denoise_tracklets(tracklets, features, scratch, truth, **options)
-    show_identities(out.with_suffix(".png"), tracklets, labels)
+    write_labels(out, tracklets, labels)
     summary.write_text(json.dumps(figures, indent=1) + "\n")
     if space is not None:
         np.savez(out.with_suffix(".space.npz"), **space._asdict())
-    write_labels(out, tracklets, labels)
+    show_identities(out.with_suffix(".png"), tracklets, labels)
     print(f"written: {out}, and its summary, space and pictures beside it")
 
 

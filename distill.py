@@ -21,7 +21,8 @@ from model import normalize
 
 @dataclass
 class Views:
-    """How one view of an image is drawn. Defaults are the paper's first global crop."""
+    """How one view of an image is drawn. Defaults are the first global crop's: the size is the
+    paper's, the rest the released code's, where the paper is silent."""
 
     size: tuple[int, int] = (256, 128)  # height, width
     scale: tuple[float, float] = (0.8, 1.0)  # share of the image's area
@@ -134,8 +135,8 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Ten
 
 
 def change_some(x: Tensor, chosen: Tensor, operation, *amounts: Tensor) -> Tensor:
-    """Views x (n, 3, h, w), in place, of which the chosen ones went through an operation with
-    amounts of their own. chosen, amounts: (n,), on the CPU, so that no device is waited for."""
+    """In place, replace the chosen ones of the views x (n, 3, h, w) by operation(view, amounts).
+    chosen, amounts: (n,), on the CPU, so that no device is waited for."""
     rows = chosen.nonzero()[:, 0]
     if len(rows) == 0:
         return x
@@ -284,21 +285,23 @@ def identity_loss(
     teacher_temp: float = 0.04,
     weights: str = "paper",
 ) -> Tensor:
-    """The mean of H(p of x, q of x') = -<p, log q> (eq. 8) over all ordered pairs i, j of images of
-    an identity, both global views x of i and all views x' != x of j (eq. 9). H is linear in p, so
-    with G_b the sum of p over both global views of all images of b's identity
+    """The mean (in the paper: the sum) of H(p of x, q of x') = -<p, log q> (eq. 8) over all ordered
+    pairs i, j of images of an identity, both global views x of i and all views x' of j, but x' != x
+    (eq. 9). H is linear in p, so with G_b the sum of p over both global views of all images of b's
+    identity
         t_{v,b} = (G_b - [v < 2] p_{v,b}) / (2 B (K V - 1))
         loss = - sum_v sum_b <t_{v,b}, log q_{v,b}>.
     student: logits (V, B, D), the first two views global; teacher: (2, B, D); center: (D,). A batch
-    has K images of each identity, side by side; ValueError where K does not divide B. In the
-    authors' code ("release") x' never has x's view index, and pairs i = j weigh 1 / K."""
+    has K images of each identity, side by side; ValueError where K does not divide B. weights:
+    "release" is the authors' code: x' has another view index, and pairs i = j weigh 1 / K."""
     V, B, _ = student.shape
     if B % K:
         raise ValueError(f"a batch of {B} images cannot hold K={K} of each identity")
     p = torch.softmax((teacher.detach() - center) / teacher_temp, dim=-1)  # (2, B, D)
     G = p.unflatten(1, (-1, K)).sum(2)  # (2, B / K, D)
     G = G.repeat_interleave(K, dim=1)  # (2, B, D), an identity's sum for each of its images
-    # what both teacher views together teach an image, and what of it is each global view's own
+    # together: what both teacher views give to every view of an image; own: what a global view must
+    # not get of it, which is itself or, in the release, all of its view index
     if weights == "paper":
         together = G.sum(0)
         own = p
@@ -344,7 +347,7 @@ def sinkhorn(logits: Tensor, temp: float = 0.04, iterations: int = 3) -> Tensor:
     In logarithms, so that nothing overflows; how processes split the batch changes nothing."""
     center = torch.zeros(logits.shape[-1], device=logits.device)
     for _ in range(iterations):
-        # every image is one unit; what a prototype has of all of them is taken off its logits
+        # each image spreads 1 over the prototypes; a prototype's total is taken off its logits
         log_p = torch.log_softmax((logits - center) / temp, dim=-1)
         log_p = log_p.flatten(0, -2)
         largest = all_reduce(log_p.amax(0), dist.ReduceOp.MAX)
@@ -360,8 +363,8 @@ def sinkhorn(logits: Tensor, temp: float = 0.04, iterations: int = 3) -> Tensor:
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher = momentum * teacher + (1 - momentum) * student, over parameters. The statistics of
     its batch norm are its own: it is in training mode."""
-    for ours, its in zip(teacher.parameters(), student.parameters()):
-        ours.lerp_(its, 1 - momentum)
+    for old, new in zip(teacher.parameters(), student.parameters()):
+        old.lerp_(new, 1 - momentum)
 
 
 # ---------------------------------------------------------------- gauges

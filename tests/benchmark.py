@@ -190,10 +190,10 @@ def best_dbscan(distance: np.ndarray, of: np.ndarray, truth: np.ndarray) -> floa
     item an image belongs to."""
     from sklearn.cluster import DBSCAN
 
-    near = np.quantile(distance[:: max(1, len(distance) // 500)], np.linspace(0.0005, 0.05, 25))
+    near = np.quantile(distance[:: max(1, len(distance) // 500)], np.geomspace(0.0003, 0.03, 12))
     scores = []
     for eps in np.unique(near[near > 0]):
-        for least in (1, 2, 4):
+        for least in (2, 4):
             items = DBSCAN(eps=eps, min_samples=least, metric="precomputed").fit_predict(distance)
             scores.append(D.pairwise_scores(D.dense(items)[of], truth)["f1"])
     return max(scores)

@@ -214,6 +214,16 @@ def test_the_sequence_is_ordered_by_video_then_first_frame():
 # ---------------------------------------------------------------- noise
 
 
+def test_centroid_and_radius_are_those_that_noise_counts_with():
+    features = D.unit(np.random.default_rng(0).standard_normal((30, 4)) + 1)
+    labels = np.arange(30) % 3
+    radii = [D.radius(features[labels == k]) for k in range(3)]
+    centers = [D.centroid(features[labels == k]) for k in range(3)]
+    assert radii[0] == pytest.approx(max(1 - x @ centers[0] for x in features[labels == 0]))
+    between = (sorted(radii)[0] + sorted(radii)[1]) / 2
+    assert D.noise(features, labels, between, 0.0) == (pytest.approx(2 / 3), pytest.approx(2 / 3), 0)
+
+
 def test_noise_by_hand():
     """Identities 2 (at 40 degrees), 5 (10, radius 10) and 9 (85, radius 5)."""
     features = at(0, 10, 20, 80, 90, 40, 45) * 7
