@@ -45,19 +45,19 @@ BLOCK = 512  # tracklets whose distances to their ranges are in memory at a time
 # ---------------------------------------------------------------- definitions
 
 
-def unit(features) -> np.ndarray:
+def unit(features):
     """Features (n, d) at unit length, float32."""
     features = np.asarray(features, np.float32)
     length = np.linalg.norm(features, axis=-1, keepdims=True)
     return features / np.maximum(length, 1e-12)
 
 
-def centroid(features: np.ndarray) -> np.ndarray:
+def centroid(features):
     """c_k (d,): the mean of an identity's features (n, d), at unit length, which no cosine sees."""
     return unit(features.mean(0))
 
 
-def radius(features: np.ndarray) -> float:
+def radius(features) -> float:
     """r_k: the largest distance of an identity's features (n, d) from its centroid (eq. 1)."""
     return float((1 - features @ centroid(features)).max())
 
@@ -70,7 +70,7 @@ class Noise(NamedTuple):
     discrimination: float  # ordered pairs that are too close, for each identity
 
 
-def noise(features, labels, sigma_cst: float, sigma_drm: float, r_s: int | None = None) -> Noise:
+def noise(features, labels, sigma_cst, sigma_drm, r_s=None) -> Noise:
     """n_S = (1 / M) (sum_k n_k^cst + sum_i sum_{j != i} n_ij^drm) of M identities (eq. 3).
 
     n_k^cst is 1 where r_k > sigma_cst (eq. 1), n_ij^drm where dist(c_i, c_j) < sigma_drm (eq. 2).
@@ -95,7 +95,7 @@ def noise(features, labels, sigma_cst: float, sigma_drm: float, r_s: int | None 
     return Noise(consistency + discrimination, consistency, discrimination)
 
 
-def dense(labels: np.ndarray) -> np.ndarray:
+def dense(labels):
     """Numbers from 0 renumbered 0..n-1 in their order; -1 stays -1."""
     names = np.unique(labels[labels >= 0])
     return np.where(labels >= 0, np.searchsorted(names, labels), -1)
@@ -108,14 +108,14 @@ def parts(features):
         yield slice(start, start + rows)
 
 
-def sums_of(features: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+def sums_of(features, group, groups: int):
     """Sum of the features (n, d) of each group 0..groups-1: (groups, d)."""
     n = len(features)
     members = coo_array((np.ones(n, np.float32), (group, np.arange(n))), shape=(groups, n))
     return members.tocsr() @ features
 
 
-def sums_by_label(features, labels: np.ndarray) -> np.ndarray:
+def sums_by_label(features, labels):
     """Sums (n, d) of the unit features of labels 0..n-1, by one pass over features (N, d)."""
     sums = np.zeros((labels.max(initial=-1) + 1, features.shape[1]), np.float32)
     for part in parts(features):
@@ -125,7 +125,7 @@ def sums_by_label(features, labels: np.ndarray) -> np.ndarray:
     return sums
 
 
-def centroids_of(features, labels: np.ndarray) -> np.ndarray:
+def centroids_of(features, labels):
     """Centroids (n, d) of labels 0..n-1 of features (N, d); -1 is left out."""
     return unit(sums_by_label(features, labels))
 
@@ -133,7 +133,7 @@ def centroids_of(features, labels: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- level 1: single tracklet (eq. 4)
 
 
-def trim(features: np.ndarray, sigma_cst: float) -> np.ndarray:
+def trim(features, sigma_cst):
     """Which of a tracklet's features (n, d), in order of time, are consistent: indices, ascending.
 
     Repeat: the sample farthest from the centroid of the remaining ones is excluded, if it is at
@@ -150,7 +150,7 @@ def trim(features: np.ndarray, sigma_cst: float) -> np.ndarray:
     return kept
 
 
-def single_tracklet(features: np.ndarray, track: np.ndarray, sigma_cst: float) -> np.ndarray:
+def single_tracklet(features, track, sigma_cst):
     """Level 1: labels (n,), the number of an image's tracklet, or -1 where it was excluded.
     features (n, d), unit length; track (n,), the images of each tracklet in order of time."""
     labels = np.full(len(track), -1, np.int64)
@@ -160,7 +160,7 @@ def single_tracklet(features: np.ndarray, track: np.ndarray, sigma_cst: float) -
     return labels
 
 
-def rows_of(labels: np.ndarray) -> list[np.ndarray]:
+def rows_of(labels):
     """Rows of every label >= 0, in ascending order of labels."""
     order = np.argsort(labels, kind="stable")
     order = order[np.searchsorted(labels, 0, sorter=order) :]
@@ -172,13 +172,7 @@ def rows_of(labels: np.ndarray) -> list[np.ndarray]:
 # ---------------------------------------------------------------- level 2: single video (eq. 5, 6)
 
 
-def reallocate(
-    features: np.ndarray,
-    labels: np.ndarray,
-    track: np.ndarray,
-    sigma_cst: float,
-    frame: np.ndarray | None = None,
-) -> np.ndarray:
+def reallocate(features, labels, track, sigma_cst, frame=None):
     """Excluded samples of a video, each moved to the nearest *other* tracklet if that is closer
     than sigma_cst, else discarded (eq. 5). Centroids are those that level 1 left. Labels (n,).
 
@@ -202,16 +196,16 @@ def reallocate(
 
 
 def single_video(
-    features: np.ndarray,
-    labels: np.ndarray,
-    track: np.ndarray,
-    frame: np.ndarray,
-    sigma_cst: float,
-    sigma_drm: float,
-    cannot_link: bool = False,
-    closest_first: bool = False,
-    nearness: float = 0.0,
-) -> np.ndarray:
+    features,
+    labels,
+    track,
+    frame,
+    sigma_cst,
+    sigma_drm,
+    cannot_link=False,
+    closest_first=False,
+    nearness=0.0,
+):
     """Level 2 for the images of one video: reallocate, then merge tracklets whose centroids, now
     with what was reallocated, are closer than sigma_drm, all that are linked becoming one (eq. 6).
     Labels (n,), 0.. or -1. The last three are ours."""
@@ -227,7 +221,7 @@ def single_video(
 # ---------------------------------------------------------------- level 3: across videos (eq. 6, 7)
 
 
-def links(centroids: np.ndarray, sigma_drm: float, r_s: int):
+def links(centroids, sigma_drm, r_s):
     """Linking relations (eq. 7) of every c in turn to those of its sliding range, the tracklets at
     most r_s places before or after it, whose centroids are closer than sigma_drm (eq. 6).
 
@@ -247,7 +241,7 @@ def links(centroids: np.ndarray, sigma_drm: float, r_s: int):
         yield c[i], t[j], distance[i, j]
 
 
-def closure(centroids: np.ndarray, sigma_drm: float, r_s: int) -> np.ndarray:
+def closure(centroids, sigma_drm, r_s):
     """The closure of all linking relations of centroids (T, d): everybody who is linked, through
     others too, is one identity. Their numbers (T,). O(T r_s), however long links chain."""
     heads = [np.zeros(0, np.int64)]
@@ -262,7 +256,7 @@ def closure(centroids: np.ndarray, sigma_drm: float, r_s: int) -> np.ndarray:
     return connected(np.concatenate(heads), np.concatenate(members), len(centroids))
 
 
-def connected(i: np.ndarray, j: np.ndarray, n: int) -> np.ndarray:
+def connected(i, j, n: int):
     """Numbers (n,) of the connected components of links i, j between 0..n-1."""
     linked = coo_array((np.ones(len(i), bool), (i, j)), shape=(n, n))
     return connected_components(linked, directed=False)[1]
@@ -270,15 +264,15 @@ def connected(i: np.ndarray, j: np.ndarray, n: int) -> np.ndarray:
 
 def cross_video(
     features,
-    labels: np.ndarray,
-    video: np.ndarray,
-    frame: np.ndarray,
-    sigma_drm: float,
-    r_s: int,
-    cannot_link: bool = False,
-    closest_first: bool = False,
-    nearness: float = 0.0,
-) -> np.ndarray:
+    labels,
+    video,
+    frame,
+    sigma_drm,
+    r_s,
+    cannot_link=False,
+    closest_first=False,
+    nearness=0.0,
+):
     """Level 3: what is linked within the sliding range is one identity, through others too (eq. 7).
     features (N, d); labels (N,), level 2's, as `in_sequence` numbers them. Labels (N,), or -1."""
     centroids = centroids_of(features, labels)
@@ -290,7 +284,7 @@ def cross_video(
     return np.where(labels >= 0, identity[labels], -1)
 
 
-def in_sequence(labels: np.ndarray, video: np.ndarray, frame: np.ndarray) -> np.ndarray:
+def in_sequence(labels, video, frame):
     """Labels renumbered in the order of the ultra-long video: by video, then first frame."""
     kept = np.flatnonzero(labels >= 0)
     kept = kept[np.lexsort((frame[kept], video[kept]))]
@@ -323,17 +317,17 @@ def denoise(
     video,
     track,
     frame,
-    sigma_cst: float | None = None,
-    sigma_drm: float | None = None,
-    r_s: int = 1000,
-    paper: bool = False,
-    cut: bool = True,
-    cannot_link: bool = True,
-    closest_first: bool = True,
-    nearness: float = 0.1,
-    levels: int = 3,
+    sigma_cst=None,
+    sigma_drm=None,
+    r_s=1000,
+    paper=False,
+    cut=True,
+    cannot_link=True,
+    closest_first=True,
+    nearness=0.1,
+    levels=3,
     report=None,
-) -> np.ndarray:
+):
     """Identities from tracklets, by three levels: labels int64 (N,), 0..n-1, -1 for noise.
 
     features (N, d): array or memory map, any float type and length. video, track, frame: integers
@@ -380,9 +374,7 @@ def denoise(
     return labels[back]
 
 
-def within_videos(
-    features, video, track, frame, sigma_cst, sigma_drm, cut: bool, additions: tuple
-) -> tuple[np.ndarray, np.ndarray]:
+def within_videos(features, video, track, frame, sigma_cst, sigma_drm, cut, additions):
     """Levels 1 and 2, one video in memory at a time: the labels (N,) of each, numbers of one video
     being of no other."""
     level1 = np.empty(len(track), np.int64)
@@ -397,7 +389,7 @@ def within_videos(
     return level1, level2
 
 
-def number_tracklets(video: np.ndarray, track: np.ndarray) -> np.ndarray:
+def number_tracklets(video, track):
     """Numbers 0..T-1 (N,) of tracklets (video, track), by video."""
     track = dense(track)
     return dense(dense(video) * (track.max() + 1) + track)
@@ -405,7 +397,7 @@ def number_tracklets(video: np.ndarray, track: np.ndarray) -> np.ndarray:
 
 def thresholds(
     features, video, track, frame, sigma_cst=None, sigma_drm=None, r_s=1000, paper=False
-) -> tuple[float, float]:
+):
     """sigma_cst and sigma_drm as given, or the paper's, or else calibrated."""
     chosen = PAPER
     if not paper and (sigma_cst is None or sigma_drm is None):
@@ -420,7 +412,7 @@ def thresholds(
 class Rows:
     """Some rows of features (N, d), read when they are asked for."""
 
-    def __init__(self, features, rows: np.ndarray):
+    def __init__(self, features, rows):
         self.features = features
         self.rows = rows
         self.shape = (len(rows), features.shape[1])
@@ -428,7 +420,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, which) -> np.ndarray:
+    def __getitem__(self, which):
         return np.asarray(self.features[self.rows[which]])
 
 
@@ -445,7 +437,7 @@ def check_settings(sigma_cst, sigma_drm, r_s, nearness=0.0, levels=3) -> None:
         raise ValueError(f"levels={levels}: expected 1, 2 or 3")
 
 
-def check_index(video, track, frame, features) -> list[np.ndarray]:
+def check_index(video, track, frame, features):
     """video, track, frame as int64 (N,). Raises ValueError for another length than that of the
     features (N, d), and for what are not whole numbers from 0."""
     if len(features.shape) != 2 or len(features) == 0:
@@ -490,7 +482,7 @@ class Space(NamedTuple):
     matrix: np.ndarray  # (d, k)
 
 
-def fit_space(features, video, track, center: bool = True, whiten: bool = True) -> Space:
+def fit_space(features, video, track, center=True, whiten=True) -> Space:
     """A space found without a label, in two passes: features (N, d); video, track (N,).
 
     center: a camera makes its images alike, so a video's mean is taken off, drawn to the overall
@@ -522,7 +514,7 @@ def fit_space(features, video, track, center: bool = True, whiten: bool = True) 
     return space._replace(matrix=matrix[:, -kept:].astype(np.float32))
 
 
-def centred(x: np.ndarray, track: np.ndarray, space: Space) -> np.ndarray:
+def centred(x, track, space: Space):
     """A video's images x (n, d) without its mean, which is that of its tracklets' means."""
     mine, size = np.unique(track, return_inverse=True, return_counts=True)[1:]
     means = sums_of(x, mine, len(size)) / size[:, None]
@@ -530,7 +522,7 @@ def centred(x: np.ndarray, track: np.ndarray, space: Space) -> np.ndarray:
     return x - (weight * means.mean(0) + (1 - weight) * space.mean)
 
 
-def place(features, video, track, frame, space: Space, out=None) -> np.ndarray:
+def place(features, video, track, frame, space: Space, out=None):
     """Features (N, d) in a space: unit rows (N, k) float32, or written to `out`, an array or memory
     map of any float type. Works for later images too: their videos' means are their own."""
     if out is None:
@@ -547,7 +539,7 @@ def place(features, video, track, frame, space: Space, out=None) -> np.ndarray:
 # ---------------------------------------------------------------- cuts
 
 
-def cut_tracklets(features: np.ndarray, track: np.ndarray, sigma_drm: float) -> np.ndarray:
+def cut_tracklets(features, track, sigma_drm):
     """Tracklets cut, and their parts again, where the tracker went over to somebody else: where two
     parts, of one image or more, are at least sigma_drm apart. Numbers (n,) of the parts.
     features (n, d), unit length; track (n,), the images of each tracklet in order of time."""
@@ -566,7 +558,7 @@ def cut_tracklets(features: np.ndarray, track: np.ndarray, sigma_drm: float) -> 
     return numbers
 
 
-def find_cut(x: np.ndarray, sigma_drm: float) -> int:
+def find_cut(x, sigma_drm) -> int:
     """How many of a tracklet's features (n, d) come before the cut that leaves the least variance
     within its two parts; 0 where their centroids are closer than sigma_drm."""
     if len(x) == 1:
@@ -583,7 +575,7 @@ def find_cut(x: np.ndarray, sigma_drm: float) -> int:
 # ---------------------------------------------------------------- cannot-link
 
 
-def seen_together(labels: np.ndarray, video: np.ndarray, frame: np.ndarray) -> np.ndarray:
+def seen_together(labels, video, frame):
     """Two boxes in one frame are two people: pairs of labels that are seen in the same frame of a
     video, (2, pairs), the smaller first."""
     kept = labels >= 0
@@ -598,13 +590,7 @@ def seen_together(labels: np.ndarray, video: np.ndarray, frame: np.ndarray) -> n
 # ---------------------------------------------------------------- closest first, not the closure
 
 
-def merge_closest_first(
-    centroids: np.ndarray,
-    sigma_drm: float,
-    r_s: int,
-    apart: np.ndarray | None = None,
-    nearness: float = 0.0,
-) -> np.ndarray:
+def merge_closest_first(centroids, sigma_drm, r_s, apart=None, nearness=0.0):
     """Join linked tracklets, the closest first, while closer than sigma_drm: numbers (T,).
 
     How far two identities are is the mean over the pairs of their tracklets, which the sums of
@@ -640,7 +626,7 @@ def merge_closest_first(
         never = rename(never, union)
 
 
-def nearest_links(centroids: np.ndarray, sigma_drm: float, r_s: int, most: int = 10) -> np.ndarray:
+def nearest_links(centroids, sigma_drm, r_s, most=10):
     """The links of each tracklet to its `most` nearest, which bounds memory and time where links
     chain half of all people. Numbers i T + j of pairs i < j, ascending."""
     T = len(centroids)
@@ -656,7 +642,7 @@ def nearest_links(centroids: np.ndarray, sigma_drm: float, r_s: int, most: int =
     return np.unique(np.concatenate(found))
 
 
-def dots(x: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+def dots(x, i, j):
     """Products of the rows i and j of x (T, d): (pairs,), a few at a time."""
     out = np.empty(len(i), np.float32)
     step = max(1, 2**23 // x.shape[1])
@@ -666,7 +652,7 @@ def dots(x: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     return out
 
 
-def mutually_closest(i: np.ndarray, j: np.ndarray, distance: np.ndarray) -> tuple:
+def mutually_closest(i, j, distance):
     """Of pairs (i, j), those in which each is the other's closest; of equals the first counts."""
     order = np.lexsort((j, i, distance))
     i = i[order]
@@ -679,7 +665,7 @@ def mutually_closest(i: np.ndarray, j: np.ndarray, distance: np.ndarray) -> tupl
     return i[mutual], j[mutual]
 
 
-def rename(pairs: np.ndarray, union: np.ndarray) -> np.ndarray:
+def rename(pairs, union):
     """Pairs i T + j after each i has become union[i], without those that are one now."""
     T = len(union)
     i, j = np.divmod(pairs, T)
@@ -692,7 +678,7 @@ def rename(pairs: np.ndarray, union: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- calibration
 
 
-def calibrate(features, video, track, frame, r_s: int = 1000) -> tuple[float, float]:
+def calibrate(features, video, track, frame, r_s=1000):
     """sigma_cst and sigma_drm, from tracklets alone: features (N, d), the rest (N,).
 
     `near` and `wide` are the median and the 95% quantile of how far an image is from the rest of
@@ -714,7 +700,7 @@ def calibrate(features, video, track, frame, r_s: int = 1000) -> tuple[float, fl
     return float(max(sigma_cst, 2 * TIE)), float(max(sigma_drm, 2 * TIE))
 
 
-def distances_to_the_rest(features, track: np.ndarray, sums: np.ndarray) -> np.ndarray:
+def distances_to_the_rest(features, track, sums):
     """How far each image is from the centroid of the remaining ones of its tracklet, of those with
     several; sums (T, d) of the tracklets' features."""
     several = np.bincount(track) > 1
@@ -727,9 +713,7 @@ def distances_to_the_rest(features, track: np.ndarray, sums: np.ndarray) -> np.n
     return np.concatenate(found)
 
 
-def distances_between_videos(
-    centroids: np.ndarray, video: np.ndarray, track: np.ndarray, r_s: int
-) -> np.ndarray:
+def distances_between_videos(centroids, video, track, r_s):
     """Distances of tracklets, 1,000 at most and evenly spread, to all of other videos in range."""
     T = len(centroids)
     home = np.empty(T, np.int64)
@@ -742,7 +726,7 @@ def distances_between_videos(
     return np.concatenate(found)
 
 
-def half_of_links(between: np.ndarray) -> float:
+def half_of_links(between) -> float:
     """The distance within which half of all links lie. `between`: sorted distances of tracklets,
     most of whom are strangers. Strangers are nearer than the median m by x as often as farther by
     x. So within m - x are as many strangers as lie beyond m + x, and the others are links. Only
@@ -762,7 +746,7 @@ def half_of_links(between: np.ndarray) -> float:
 # ================================================================ the program
 
 
-def pairwise_scores(labels: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+def pairwise_scores(labels, truth) -> dict[str, float]:
     """Precision, recall and F1 over pairs of images: is a pair together in labels, and is it truly
     one person? An image labelled -1 is in no pair of its side: one without a true identity makes
     every pair found with it a wrong one."""
@@ -776,14 +760,14 @@ def pairwise_scores(labels: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     return {"precision": precision, "recall": recall, "f1": f1}
 
 
-def pairs_in(sizes: np.ndarray) -> float:
+def pairs_in(sizes) -> float:
     """How many pairs there are within groups of these sizes."""
     return float((sizes * (sizes - 1.0) / 2).sum())
 
 
 def denoise_tracklets(
     tracklets, features, scratch, truth=None, say=print, center=True, whiten=True, **options
-) -> tuple[np.ndarray, dict, Space | None]:
+):
     """`denoise` an index of tracklets in the space of its features, and say a line a level.
 
     features (N, d): a zero row is an image that could not be read, and gets -1. scratch: a file for
@@ -842,7 +826,7 @@ LINE += "{noise[0]:>11.2f}{noise[1]:>12.2f}{noise[2]:>12.2f}"
 SCORES = "{precision:>12.3f}{recall:>8.3f}{f1:>7.3f}"
 
 
-def figures_of(level: str, labels: np.ndarray, n_S: Noise, truth: np.ndarray | None) -> dict:
+def figures_of(level: str, labels, n_S: Noise, truth) -> dict:
     """What is logged of a level."""
     figures = {"level": level, "identities": int(labels.max()) + 1}
     figures["images_kept"] = int((labels >= 0).sum())
@@ -852,7 +836,7 @@ def figures_of(level: str, labels: np.ndarray, n_S: Noise, truth: np.ndarray | N
     return figures
 
 
-def show_identities(file, tracklets, labels, people: int = 12, columns: int = 14) -> None:
+def show_identities(file, tracklets, labels, people=12, columns=14) -> None:
     """Write a picture: an identity a row, those of most videos first, its images spread over them;
     framed red at its end, images of its tracklets that are in no identity."""
     images = Images(tracklets, (128, 64))
@@ -940,7 +924,7 @@ def main() -> None:
     print(f"written: {out}, and its summary, space and pictures beside it")
 
 
-def extract(args, tracklets) -> np.ndarray:
+def extract(args, tracklets):
     """Features (N, d) of all images by the encoder that the flags name, on torchrun's processes."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")  # processes only wait for each other
