@@ -177,7 +177,7 @@ def best_f1(case: Case, features, sigma_csts, sigma_drms, **options) -> tuple[fl
 def jaccard(x: np.ndarray) -> np.ndarray:
     """Jaccard distances (n, n) between the sets of k-reciprocal neighbours, k1 20 and k2 6. Each
     image is there twice, as query and as gallery, hence twice of both."""
-    return E.rerank(x, x, k1=40, k2=12, lambda_value=0.0)
+    return np.maximum(E.rerank(x, x, k1=40, k2=12, lambda_value=0.0), 0)
 
 
 def cosine(x: np.ndarray) -> np.ndarray:
@@ -464,9 +464,9 @@ def loss(args) -> None:
             base = results["straight"]
             for how, r in results.items():
                 rows.append([f"{D:,}", K, how, f"{r['seconds']:.2f}", f"{r['seconds'] / base['seconds']:.2f}", f"{r['memory']:.2f}",
-                             f"{r['memory'] / base['memory']:.2f}", f"{r['loss']:.5f}"])
+                             f"{r['loss']:.5f}"])
     print_rows(f"Head and loss, forward and backward, {args.batch} images, {args.crops} crops, {args.threads} threads",
-               ["D", "K", "", "seconds", "of straight", "GiB", "of straight", "loss"], rows)
+               ["D", "K", "", "seconds", "of straight", "GiB", "loss"], rows)
 
 
 # ---------------------------------------------------------------- views
