@@ -36,10 +36,9 @@ def command(arch: str, seed, flags: str = "") -> str:
     return f"torchrun train.py --arch {arch} --seed {seed} {flags}".strip()
 
 
-def claim(who: str, arch: str = "r10ibn") -> str:
-    """The flags of a row of the claim's table. Lines that don't name the loss were made before equation 9 and today's denoising."""
-    flags = "" if who == "cion" else f"--identities {who}"
-    return f"{flags} --loss paper".strip() if arch == "r10ibn" and who != "instance" else flags
+def claim(who: str) -> str:
+    """The flags of a row of the claim's table. Lines that don't name a loss were made before equation 9 and today's denoising."""
+    return "" if who == "cion" else f"--identities {who}"
 
 
 def run_name(flags: str) -> str:
@@ -53,7 +52,7 @@ def fewer(share: str, seed) -> str:
 
 
 LEVELS = {"raw tracklets": "--identities tracklet", "level 1, single tracklet": "--levels 1", "level 2, single video": "--levels 2",
-          "level 3, across videos": "", "the same without our additions": "--no-center --no-whiten --no-split --smooth 0"}
+          "level 3, across videos": ""}
 LOSS = {"eq. 9 (default)": "--loss paper", "the release's weighting": "--loss release"}
 GROWTH = {"2": "--K 2 2", "4": "--K 4 4", "8": "--K 8 8", "2, then 4 (default)": ""}
 ROUNDS = {"1": "--rounds 1", "2": "--rounds 2", "3 (default)": ""}
@@ -68,7 +67,7 @@ RECIPE = {"the demo's": "", "no batch norm in the head": "--no-head_norm", "EMA 
 
 def commands() -> list[str]:
     """Every run, those of the main table first."""
-    runs = [command(arch, seed, claim(who, arch)) for arch, seeds in SEEDS.items() for seed in seeds for who in WHO]
+    runs = [command(arch, seed, claim(who)) for arch, seeds in SEEDS.items() for seed in seeds for who in WHO]
     runs += [command("r10ibn", seed, flags) for flags in LOSS.values() for seed in SEEDS["r10ibn"]]
     for flags in (*LEVELS.values(), *GROWTH.values(), *ROUNDS.values()):
         runs += [command("r10ibn", seed, flags) for seed in SMALL]
@@ -161,9 +160,9 @@ def claim_table(known: dict) -> str:
     """Who taught whom: mAP and R1 on held-out people, mean and standard deviation over seeds."""
     rows = []
     for arch, seeds in SEEDS.items():
-        any_run = of_seeds(known, arch, seeds, claim("cion", arch))
+        any_run = of_seeds(known, arch, seeds, claim("cion"))
         rows_of = {name: [run[key] for run in any_run] for name, key in (("random weights", "random"), ("colour histograms", "histogram"))}
-        rows_of |= {f"`{who}`": [last(run) for run in of_seeds(known, arch, seeds, claim(who, arch))] for who in WHO}
+        rows_of |= {f"`{who}`": [last(run) for run in of_seeds(known, arch, seeds, claim(who))] for who in WHO}
         for name, scores in rows_of.items():
             if scores:
                 rows.append([f"`{arch}`", name, spread([s["mAP"] for s in scores]), spread([s["R1"] for s in scores]), len(scores)])
@@ -172,7 +171,7 @@ def claim_table(known: dict) -> str:
 
 def scores_of(known: dict, arch: str, rows) -> np.ndarray:
     """mAP of these rows (instance, tracklet, ...) on the seeds that all of them have: (rows, seeds)."""
-    runs = [[run for who in rows for run in of_seeds(known, arch, [seed], claim(who, arch))] for seed in SEEDS[arch]]
+    runs = [[run for who in rows for run in of_seeds(known, arch, [seed], claim(who))] for seed in SEEDS[arch]]
     return np.array([[last(run)["mAP"] for run in of_seed] for of_seed in runs if len(of_seed) == len(rows)]).reshape(-1, len(rows)).T
 
 
@@ -216,7 +215,7 @@ def small_table(known: dict, what: str, choices: dict, seeds=SMALL) -> str:
 
 def row_commands() -> str:
     """The command of every row; a row's runs differ in the seed."""
-    rows = [(arch, SEEDS[arch], claim(who, arch)) for arch in SEEDS for who in WHO]
+    rows = [(arch, SEEDS[arch], claim(who)) for arch in SEEDS for who in WHO]
     rows += [("r10ibn", SEEDS["r10ibn"], flags) for flags in LOSS.values()]
     rows += [("r10ibn", SMALL, flags) for flags in (*LEVELS.values(), *GROWTH.values(), *ROUNDS.values())]
     kept = {}
