@@ -60,7 +60,7 @@ def test_quoted_lines_are_the_codes():
 
 def test_every_flag_exists():
     known = set(TORCHRUN)
-    scripts = (["train.py"], ["denoise.py"], ["evaluate.py"], ["data.py", "crop"], ["tests/benchmark.py", "scale"],
+    scripts = (["train.py"], ["denoise.py"], ["evaluate.py"], ["data.py", "crop"], ["tests/benchmark.py", "scale"], ["tests/benchmark.py", "denoise"],
                ["tests/benchmark.py", "step"], ["tests/claim.py"])
     for script in scripts:
         text = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
