@@ -780,6 +780,9 @@ def denoise_tracklets(
     rows = np.flatnonzero(readable)
     unreadable = np.flatnonzero(~readable)
     refuse_unreadable(tracklets, unreadable, len(tracklets))
+    if len(unreadable):
+        first = tracklets.path(unreadable[0])
+        say(f"{len(unreadable):,} unreadable images are left out, the first: {first}")
     features = Rows(features, rows)
     check_features(features)
     index = tracklets.video[rows], tracklets.track[rows], tracklets.frame[rows]
@@ -787,6 +790,7 @@ def denoise_tracklets(
     table = []
 
     def say_level(level, found, n_S):
+        """Log a level of the readable images, and print its line."""
         labels[rows] = found
         table.append(figures_of(level, labels, n_S, truth))
         say(LINE.format(**table[-1]) + (SCORES.format(**table[-1]) if truth is not None else ""))
@@ -905,11 +909,14 @@ def main() -> None:
     features = np.load(args.features, mmap_mode="r") if args.features else extract(args, tracklets)
     if int(os.environ.get("RANK", 0)) > 0:
         return
-    if features.ndim != 2 or len(features) != len(tracklets):
+    shape = getattr(features, "shape", "an archive")
+    if len(shape) != 2 or len(features) != len(tracklets) or features.dtype.kind != "f":
         raise ValueError(
-            f"{args.features}: got {features.shape}, expected a row for each of the "
+            f"{args.features}: got {shape}, expected floats (N, d), a row for each of the "
             f"{len(tracklets):,} images of {train_folder}, in the order of --index"
         )
+    if args.features:
+        check_features(features)  # a zero row is an unreadable image in our own features only
     truth = None
     if test_folder and (Path(args.data) / "train.json").exists():
         truth = read_labels(Path(args.data) / "train.json", tracklets)
@@ -932,14 +939,18 @@ def extract(args, tracklets):
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    backbone.to(device)
     folder = Path(args.out).parent
-    return extract_to_file(folder, backbone.to(device), tracklets, size, device, args.workers)
+    features = extract_to_file(folder, backbone, tracklets, size, device, args.workers)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return features
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:
         sys.exit(f"denoise.py: {error}")
     except KeyboardInterrupt:
         sys.exit("denoise.py: stopped; the same command goes on with the features that are there")

@@ -157,7 +157,11 @@ def test_denoise_takes_features_from_anywhere_and_other_thresholds_without_extra
     features[7] = np.nan
     np.save(tmp_path / "nan.npy", features)
     np.save(tmp_path / "short.npy", features[1:])
-    for name, words in (("short.npy", f"a row for each of the {len(t):,} images"), ("nan.npy", "row 7 is zero or not finite"), ("no.npy", "No such file")):
+    np.savez(tmp_path / "archive.npz", features)
+    features[7] = 0
+    np.save(tmp_path / "zero.npy", features)
+    for name, words in (("short.npy", f"a row for each of the {len(t):,} images"), ("nan.npy", "row 7 is zero or not finite"),
+                        ("zero.npy", "row 7 is zero or not finite"), ("archive.npz", "got an archive"), ("no.npy", "No such file")):
         assert words in run(tmp_path, *denoise, "--features", name, "--out", "d.json", fails=True)
     assert "expected a name that ends in .json" in run(tmp_path, *denoise, "--out", "d.txt", fails=True)
     assert not list(tmp_path.glob("d.*")) and not list(tmp_path.glob("*scratch*")) and not list(tmp_path.glob(".*"))
