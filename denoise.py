@@ -13,30 +13,19 @@ centroid for each tracklet. Read first: `noise`, `trim`, `reallocate`, `links`, 
 import argparse
 import json
 import os
-import signal
-import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from scipy.sparse import coo_array
+from scipy.sparse import csr_array, triu
 from scipy.sparse.csgraph import connected_components
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
-from data import (
-    Images,
-    find_splits,
-    framed,
-    read_labels,
-    read_tracklets,
-    refuse_unreadable,
-    replacing,
-    write_labels,
-)
-from model import extract_to_file, load_backbone
+from data import Images, find_splits, read_labels, read_tracklets, write_labels
+from evaluate import extract
+from model import load_backbone
 
 TIE = 1e-6  # distances that differ by less are equal, for the rounding of float32
 BLOCK = 512  # tracklets whose distances to their ranges are in memory at a time
@@ -52,14 +41,14 @@ def unit(features):
     return features / np.maximum(length, 1e-12)
 
 
+def distances(a, b):
+    """Cosine distances (n,), in [0, 2], of unit vectors a and b (n, d), row by row."""
+    return 1 - np.einsum("nd,nd->n", a, b)
+
+
 def centroid(features):
     """c_k (d,): the mean of an identity's features (n, d), at unit length, which no cosine sees."""
     return unit(features.mean(0))
-
-
-def radius(features) -> float:
-    """r_k: the largest distance of an identity's features (n, d) from its centroid (eq. 1)."""
-    return float((1 - features @ centroid(features)).max())
 
 
 class Noise(NamedTuple):
@@ -70,27 +59,20 @@ class Noise(NamedTuple):
     discrimination: float  # ordered pairs that are too close, for each identity
 
 
-def noise(features, labels, sigma_cst, sigma_drm, r_s=None) -> Noise:
+def noise(features, labels, sigma_cst, sigma_drm, r_s=None):
     """n_S = (1 / M) (sum_k n_k^cst + sum_i sum_{j != i} n_ij^drm) of M identities (eq. 3).
 
     n_k^cst is 1 where r_k > sigma_cst (eq. 1), n_ij^drm where dist(c_i, c_j) < sigma_drm (eq. 2).
     features (N, d) of any length; labels (N,), -1 for images in no identity. All pairs are compared
     or, given r_s, identities at most r_s apart in the order of their numbers, as level 3 does."""
-    labels = dense(np.asarray(labels))
-    M = labels.max(initial=-1) + 1
-    if M == 0:
-        return Noise(0.0, 0.0, 0.0)
+    labels = dense(labels)
     centroids = centroids_of(features, labels)
-    too_wide = np.zeros(M, bool)
-    for part in parts(features):
-        kept = labels[part] >= 0
-        mine = labels[part][kept]
-        distance = 1 - np.einsum("nd,nd->n", unit(features[part])[kept], centroids[mine])
-        too_wide[mine[distance > sigma_cst + TIE]] = True
-    close = 0
-    for i, _, _ in links(centroids, sigma_drm, r_s or M):
-        close += len(i)
-    consistency = float(too_wide.mean())
+    M = len(centroids)
+    radii = np.zeros(M)
+    for k, x in labelled_parts(features, labels):
+        np.maximum.at(radii, k, distances(x, centroids[k]))
+    consistency = float((radii > sigma_cst + TIE).mean())
+    close = sum(len(i) for i, _, _ in links(centroids, sigma_drm, r_s or M))
     discrimination = close / M
     return Noise(consistency + discrimination, consistency, discrimination)
 
@@ -101,27 +83,41 @@ def dense(labels):
     return np.where(labels >= 0, np.searchsorted(names, labels), -1)
 
 
-def parts(features):
-    """Slices over the rows of features (N, d), of about 32 MB each."""
-    rows = max(1, 2**23 // features.shape[1])
-    for start in range(0, len(features), rows):
-        yield slice(start, start + rows)
+def number_pairs(first, second):
+    """Numbers 0..n-1 (N,) of the pairs of first and second (N,), in their order."""
+    second = dense(second)
+    return dense(dense(first) * (second.max(initial=0) + 1) + second)
 
 
-def sums_of(features, group, groups: int):
-    """Sum of the features (n, d) of each group 0..groups-1: (groups, d)."""
-    n = len(features)
-    members = coo_array((np.ones(n, np.float32), (group, np.arange(n))), shape=(groups, n))
-    return members.tocsr() @ features
+def rows_of(labels):
+    """Rows of every label >= 0, in ascending order of labels."""
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+
+def parts(n):
+    """Slices over n rows, 16,384 each: what is in memory of features that are a file."""
+    for start in range(0, n, 2**14):
+        yield slice(start, start + 2**14)
+
+
+def labelled_parts(features, labels):
+    """Yields labels that are not -1 and their features (N, d) at unit length, a part at a time."""
+    for part in parts(len(labels)):
+        kept = labels[part] >= 0
+        if kept.any():
+            yield labels[part][kept], unit(features[part])[kept]
 
 
 def sums_by_label(features, labels):
     """Sums (n, d) of the unit features of labels 0..n-1, by one pass over features (N, d)."""
-    sums = np.zeros((labels.max(initial=-1) + 1, features.shape[1]), np.float32)
-    for part in parts(features):
-        kept = labels[part] >= 0
-        names, group = np.unique(labels[part][kept], return_inverse=True)
-        sums[names] += sums_of(unit(features[part])[kept], group, len(names))
+    sums = np.zeros((labels.max() + 1, features.shape[1]), np.float32)
+    for k, x in labelled_parts(features, labels):
+        names, group = np.unique(k, return_inverse=True)
+        ones = np.ones_like(k, np.float32)
+        members = csr_array((ones, group, np.arange(len(k) + 1)))
+        sums[names] += members.T @ x
     return sums
 
 
@@ -141,8 +137,7 @@ def trim(features, sigma_cst):
     kept = np.arange(len(features))
     while len(kept) > 1:
         x = features[kept]
-        remaining = unit(x.sum(0) - x)
-        distance = 1 - np.einsum("nd,nd->n", x, remaining)
+        distance = distances(x, unit(x.sum(0) - x))
         worst = np.flatnonzero(distance >= distance.max() - TIE)[-1]
         if distance[worst] < sigma_cst:
             break
@@ -153,69 +148,45 @@ def trim(features, sigma_cst):
 def single_tracklet(features, track, sigma_cst):
     """Level 1: labels (n,), the number of an image's tracklet, or -1 where it was excluded.
     features (n, d), unit length; track (n,), the images of each tracklet in order of time."""
-    labels = np.full(len(track), -1, np.int64)
+    labels = np.full(len(track), -1)
     for rows in rows_of(track):
         kept = rows[trim(features[rows], sigma_cst)]
         labels[kept] = track[kept]
     return labels
 
 
-def rows_of(labels):
-    """Rows of every label >= 0, in ascending order of labels."""
-    order = np.argsort(labels, kind="stable")
-    order = order[np.searchsorted(labels, 0, sorter=order) :]
-    if len(order) == 0:
-        return []
-    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-
-
 # ---------------------------------------------------------------- level 2: single video (eq. 5, 6)
 
 
-def reallocate(features, labels, track, sigma_cst, frame=None):
+def reallocate(features, labels, track, sigma_cst, frame):
     """Excluded samples of a video, each moved to the nearest *other* tracklet if that is closer
     than sigma_cst, else discarded (eq. 5). Centroids are those that level 1 left. Labels (n,).
 
     features (n, d), unit length; labels (n,), level 1's; track (n,), where a sample came from.
-    frame (n,): if given, a sample joins nobody who is in its frame too (cannot-link, ours)."""
+    frame (n,): a sample joins nobody who is in its frame too. That is cannot-link, ours: in the
+    paper no two samples share a frame."""
     tracklets = np.unique(labels[labels >= 0])
-    if len(tracklets) == 0:
-        return labels
     centroids = np.stack([centroid(features[labels == k]) for k in tracklets])
     labels = labels.copy()
     for i in np.flatnonzero(labels < 0):
+        barred = np.append(labels[frame == frame[i]], track[i])
         distance = 1 - centroids @ features[i]
-        distance[tracklets == track[i]] = np.inf
-        if frame is not None:
-            seen = labels[frame == frame[i]]
-            distance[np.isin(tracklets, seen)] = np.inf
+        distance[(tracklets[:, None] == barred).any(1)] = np.inf
         nearest = distance.argmin()
         if distance[nearest] < sigma_cst:
             labels[i] = tracklets[nearest]
     return labels
 
 
-def single_video(
-    features,
-    labels,
-    track,
-    frame,
-    sigma_cst,
-    sigma_drm,
-    cannot_link=False,
-    closest_first=False,
-    nearness=0.0,
-):
-    """Level 2 for the images of one video: reallocate, then merge tracklets whose centroids, now
-    with what was reallocated, are closer than sigma_drm, all that are linked becoming one (eq. 6).
-    Labels (n,), 0.. or -1. The last three are ours."""
-    labels = reallocate(features, labels, track, sigma_cst, frame if cannot_link else None)
-    video = np.zeros_like(frame)
-    labels = in_sequence(labels, video, frame)
-    all_of_it = max(1, labels.max())  # every tracklet is in the range of every other
-    return cross_video(
-        features, labels, video, frame, sigma_drm, all_of_it, cannot_link, closest_first, nearness
-    )
+def single_video(features, labels, track, frame, sigma_cst, sigma_drm, closest_first=False):
+    """Level 2 for the images of one video, in order of time: reallocate, then merge tracklets whose
+    centroids, now with what was reallocated, are closer than sigma_drm, all that are linked
+    becoming one (eq. 6). Labels (n,), 0.. or -1. frame and closest_first: see `cross_video`."""
+    labels = reallocate(features, labels, track, sigma_cst, frame)
+    labels = in_sequence(labels, np.lexsort((track, frame)).argsort())
+    # every tracklet is in the range of every other
+    r_s = max(1, labels.max())
+    return cross_video(features, labels, frame, sigma_drm, r_s, closest_first)
 
 
 # ---------------------------------------------------------------- level 3: across videos (eq. 6, 7)
@@ -227,89 +198,67 @@ def links(centroids, sigma_drm, r_s):
 
     centroids (T, d), unit length, in the order of the ultra-long video. Yields, a block of c at a
     time, arrays c, t and their distance; each link comes twice, once from either end."""
-    T = len(centroids)
-    for start in range(0, T, BLOCK):
+    for start in range(0, len(centroids), BLOCK):
         first = max(0, start - r_s)
-        c = np.arange(start, min(start + BLOCK, T))
-        t = np.arange(first, min(start + BLOCK + r_s, T))
-        distance = 1 - centroids[c] @ centroids[t].T
+        block = centroids[start : start + BLOCK]
+        distance = 1 - block @ centroids[first : start + BLOCK + r_s].T
         i, j = np.nonzero(distance < sigma_drm)
-        gap = np.abs(c[i] - t[j])
+        gap = np.abs(start + i - first - j)
         in_range = (0 < gap) & (gap <= r_s)
         i = i[in_range]
         j = j[in_range]
-        yield c[i], t[j], distance[i, j]
+        yield start + i, first + j, distance[i, j]
 
 
 def closure(centroids, sigma_drm, r_s):
     """The closure of all linking relations of centroids (T, d): everybody who is linked, through
     others too, is one identity. Their numbers (T,). O(T r_s), however long links chain."""
-    heads = [np.zeros(0, np.int64)]
-    members = [np.zeros(0, np.int64)]
+    heads = []
+    members = []
     for c, t, _ in links(centroids, sigma_drm, r_s):
         # of a block's links only those are kept that make the same closure: to the first of each
-        names, ends = np.unique(np.concatenate([c, t]), return_inverse=True)
-        part = connected(ends[: len(c)], ends[len(c) :], len(names))
+        names, ends = np.unique([c, t], return_inverse=True)
+        i, j = ends.reshape(2, -1)
+        part = connected(i, j, len(names))
         first = names[np.unique(part, return_index=True)[1]]
         heads.append(first[part])
         members.append(names)
     return connected(np.concatenate(heads), np.concatenate(members), len(centroids))
 
 
-def connected(i, j, n: int):
+def connected(i, j, n):
     """Numbers (n,) of the connected components of links i, j between 0..n-1."""
-    linked = coo_array((np.ones(len(i), bool), (i, j)), shape=(n, n))
+    linked = csr_array((np.ones_like(i, bool), (i, j)), shape=(n, n))
     return connected_components(linked, directed=False)[1]
 
 
-def cross_video(
-    features,
-    labels,
-    video,
-    frame,
-    sigma_drm,
-    r_s,
-    cannot_link=False,
-    closest_first=False,
-    nearness=0.0,
-):
+def cross_video(features, labels, frame, sigma_drm, r_s, closest_first=False):
     """Level 3: what is linked within the sliding range is one identity, through others too (eq. 7).
-    features (N, d); labels (N,), level 2's, as `in_sequence` numbers them. Labels (N,), or -1."""
+    features (N, d); labels (N,), level 2's, as `in_sequence` numbers them. Labels (N,), or -1.
+
+    Ours: closest_first, instead of the closure, and for that the number of each image's frame (N,),
+    of which those that are seen together are never joined."""
     centroids = centroids_of(features, labels)
     if closest_first:
-        apart = seen_together(labels, video, frame) if cannot_link else None
-        identity = merge_closest_first(centroids, sigma_drm, r_s, apart, nearness)
+        apart = seen_together(labels, frame)
+        identity = merge_closest_first(centroids, sigma_drm, r_s, apart)
     else:
         identity = closure(centroids, sigma_drm, r_s)
     return np.where(labels >= 0, identity[labels], -1)
 
 
-def in_sequence(labels, video, frame):
-    """Labels renumbered in the order of the ultra-long video: by video, then first frame."""
-    kept = np.flatnonzero(labels >= 0)
-    kept = kept[np.lexsort((frame[kept], video[kept]))]
-    names, first = np.unique(labels[kept], return_index=True)
-    number = np.full(labels.max(initial=-1) + 2, -1)  # number[-1], the last, is that of -1
-    number[names[np.argsort(first)]] = np.arange(len(names))
-    return number[labels]
+def in_sequence(labels, place):
+    """Labels (N,) renumbered in the order of the ultra-long video, in which images have places
+    (N,), by video, frame and track: an identity is where its first image is."""
+    first = np.full(labels.max() + 2, len(labels))  # the last of these is that of label -1
+    np.minimum.at(first, labels, place)
+    return dense(np.where(labels >= 0, first[labels], -1))
 
 
 # ---------------------------------------------------------------- all of it
 
 PAPER = (0.2, 0.18)  # sigma_cst and sigma_drm
-# settings here and in train.py, by these names
-OPTIONS = (
-    "sigma_cst",
-    "sigma_drm",
-    "r_s",
-    "levels",
-    "nearness",
-    "center",
-    "whiten",
-    "cut",
-    "cannot_link",
-    "closest_first",
-)
+ADDITIONS = ("center", "whiten", "cut", "cannot_link", "closest_first")  # ours, two in the space
 
 
 def denoise(
@@ -321,148 +270,82 @@ def denoise(
     sigma_drm=None,
     r_s=1000,
     paper=False,
-    cut=True,
-    cannot_link=True,
-    closest_first=True,
-    nearness=0.1,
     levels=3,
-    report=None,
+    without=(),
 ):
     """Identities from tracklets, by three levels: labels int64 (N,), 0..n-1, -1 for noise.
 
     features (N, d): array or memory map, any float type and length. video, track, frame: integers
     (N,); videos follow each other by number, a tracklet is (video, track). Thresholds are cosine
     distances, r_s is in tracklets. paper: eq. 4 to 7 to the letter, thresholds 0.2 and 0.18 unless
-    given; else with our additions, each of which can be left out, and thresholds from `calibrate`.
-    report: called with (level, labels, noise) before level 1 and after each. Raises ValueError for
-    what is no index, features that are zero or not finite, and settings out of range."""
-    features = features if hasattr(features, "shape") else np.asarray(features)
-    check_settings(sigma_cst, sigma_drm, r_s, nearness, levels)
-    video, track, frame = check_index(video, track, frame, features)
-    check_features(features)
-    track = number_tracklets(video, track)
-    order = np.lexsort((frame, track))  # tracklets are numbered by video
-    back = np.argsort(order)
-    features = Rows(features, order)
-    video = video[order]
-    track = track[order]
-    frame = frame[order]
-    given = (sigma_cst, sigma_drm, r_s, paper)
-    sigma_cst, sigma_drm = thresholds(features, video, track, frame, *given)
-    if paper:
-        cut = cannot_link = closest_first = False
-        nearness = 0.0
-    additions = (cannot_link, closest_first, nearness)
-
-    def done(level, labels):
-        """Labels in the order of the ultra-long video, reported in the order of the rows given."""
-        labels = in_sequence(labels, video, frame)
-        if report is not None:
-            n_S = noise(features, labels, sigma_cst, sigma_drm, r_s)
-            report(level, labels[back], n_S)
-        return labels
-
-    done("tracklets", track)
-    within = within_videos(features, video, track, frame, sigma_cst, sigma_drm, cut, additions)
-    level1, level2 = within
-    labels = done("single tracklet", level1)
-    if levels >= 2:
-        labels = done("single video", level2)
-    if levels == 3:
-        level3 = cross_video(features, labels, video, frame, sigma_drm, r_s, *additions)
-        labels = done("cross video", level3)
-    return labels[back]
+    given; else with our ADDITIONS but those in `without`, and thresholds from `calibrate`. Raises
+    ValueError for what is no index, and features that are zero or not finite."""
+    index = check_arrays(features, video, track, frame)
+    sigmas = thresholds(features, index, sigma_cst, sigma_drm, r_s, paper)
+    for _, labels in level_by_level(features, index, sigmas, r_s, paper, levels, without):
+        pass
+    return labels
 
 
-def within_videos(features, video, track, frame, sigma_cst, sigma_drm, cut, additions):
-    """Levels 1 and 2, one video in memory at a time: the labels (N,) of each, numbers of one video
-    being of no other."""
-    level1 = np.empty(len(track), np.int64)
-    level2 = np.empty(len(track), np.int64)
-    for rows in rows_of(video):
+def level_by_level(features, index, sigmas, r_s, paper=False, levels=3, without=()):
+    """Yields what there is before level 1 and after each: a name and labels (N,), in sequence.
+    index (3, N): video, track and frame; sigmas: sigma_cst and sigma_drm; the rest as above."""
+    video, track, frame = index
+    sigma_cst, sigma_drm = sigmas
+    additions = () if paper else set(ADDITIONS) - set(without)
+    closest_first = "closest_first" in additions
+    track = number_pairs(video, track)
+    place = np.lexsort((track, frame, video)).argsort()
+    yield "tracklets", in_sequence(track, place)
+    frame = number_pairs(video, frame)
+    if "cannot_link" not in additions:
+        # everybody is alone in a frame
+        frame = place
+    level1 = np.empty_like(track)
+    level2 = np.empty_like(track)
+    # one video is in memory at a time, tracklet by tracklet; places there name its identities
+    by_tracklet = np.lexsort((frame, track))
+    for places in rows_of(video[by_tracklet]):
+        rows = by_tracklet[places]
         x = unit(features[rows])
-        pieces = cut_tracklets(x, track[rows], sigma_drm) if cut else track[rows]
-        first = single_tracklet(x, pieces, sigma_cst)
-        level1[rows] = np.where(first >= 0, rows[0] + dense(first), -1)
-        second = single_video(x, first, pieces, frame[rows], sigma_cst, sigma_drm, *additions)
-        level2[rows] = np.where(second >= 0, rows[0] + second, -1)
-    return level1, level2
+        pieces = track[rows]
+        if "cut" in additions:
+            pieces = places[cut_tracklets(x, pieces, sigma_drm)]
+        labels = single_tracklet(x, pieces, sigma_cst)
+        level1[rows] = labels
+        labels = single_video(x, labels, pieces, frame[rows], sigma_cst, sigma_drm, closest_first)
+        level2[rows] = np.where(labels >= 0, places[labels], -1)
+    yield "single tracklet", in_sequence(level1, place)
+    labels = in_sequence(level2, place)
+    if levels >= 2:
+        yield "single video", labels
+    if levels >= 3:
+        labels = cross_video(features, labels, frame, sigma_drm, r_s, closest_first)
+        yield "cross video", in_sequence(labels, place)
 
 
-def number_tracklets(video, track):
-    """Numbers 0..T-1 (N,) of tracklets (video, track), by video."""
-    track = dense(track)
-    return dense(dense(video) * (track.max() + 1) + track)
-
-
-def thresholds(
-    features, video, track, frame, sigma_cst=None, sigma_drm=None, r_s=1000, paper=False
-):
+def thresholds(features, index, sigma_cst, sigma_drm, r_s, paper):
     """sigma_cst and sigma_drm as given, or the paper's, or else calibrated."""
-    chosen = PAPER
-    if not paper and (sigma_cst is None or sigma_drm is None):
-        chosen = calibrate(features, video, track, frame, r_s)
-    if sigma_cst is None:
-        sigma_cst = chosen[0]
-    if sigma_drm is None:
-        sigma_drm = chosen[1]
-    return sigma_cst, sigma_drm
+    sigmas = [sigma_cst, sigma_drm]
+    if None in sigmas:
+        found = PAPER if paper else calibrate(features, *index, r_s)
+        sigmas = [other if sigma is None else sigma for sigma, other in zip(sigmas, found)]
+    return sigmas
 
 
-class Rows:
-    """Some rows of features (N, d), read when they are asked for."""
-
-    def __init__(self, features, rows):
-        self.features = features
-        self.rows = rows
-        self.shape = (len(rows), features.shape[1])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, which):
-        return np.asarray(self.features[self.rows[which]])
-
-
-def check_settings(sigma_cst, sigma_drm, r_s, nearness=0.0, levels=3) -> None:
-    """Raise ValueError for a setting out of its range, before an hour goes into features."""
-    for name, value in (("sigma_cst", sigma_cst), ("sigma_drm", sigma_drm)):
-        if value is not None and not 0 <= value <= 2:
-            raise ValueError(f"{name}={value}: a cosine distance lies in [0, 2]")
-    if r_s < 1:
-        raise ValueError(f"r_s={r_s}: the sliding range needs 1 tracklet or more on each side")
-    if not 0 <= nearness <= 2:
-        raise ValueError(f"nearness={nearness}: expected a cosine distance in [0, 2]")
-    if levels not in (1, 2, 3):
-        raise ValueError(f"levels={levels}: expected 1, 2 or 3")
-
-
-def check_index(video, track, frame, features):
-    """video, track, frame as int64 (N,). Raises ValueError for another length than that of the
-    features (N, d), and for what are not whole numbers from 0."""
-    if len(features.shape) != 2 or len(features) == 0:
-        raise ValueError(f"features: expected (N, d), N of 1 or more, got {features.shape}")
-    index = []
-    for name, given in (("video", video), ("track", track), ("frame", frame)):
-        given = np.asarray(given)
-        if given.shape != (len(features),):
-            raise ValueError(f"{name} has shape {given.shape}, features have {len(features)} rows")
-        bad = np.flatnonzero(~(given >= 0) | (given % 1 != 0))
-        if len(bad):
-            raise ValueError(
-                f"{name} of row {bad[0]} is {given[bad[0]]}: expected whole numbers from 0"
-            )
-        index.append(given.astype(np.int64))
-    return index
-
-
-def check_features(features) -> None:
-    """Raise ValueError for rows of features (N, d) that are zero or not finite."""
-    for part in parts(features):
-        length = np.linalg.norm(np.asarray(features[part], np.float32), axis=1)
-        bad = np.flatnonzero(~(length > 1e-12) | ~np.isfinite(length))
+def check_arrays(features, video, track, frame):
+    """video, track and frame as int64 (3, N). Raises ValueError or TypeError unless these are whole
+    numbers from 0, one for each of features (N, d), and no feature is zero or not finite."""
+    index = np.stack([video, track, frame], dtype=np.int64, casting="same_kind")
+    if np.shape(features)[:-1] != index.shape[1:] or index.min() < 0:
+        given = f"{np.shape(features)}, {index.shape}"
+        raise ValueError(f"expected a row of features and index for each image: got {given}")
+    for part in parts(len(features)):
+        length = np.linalg.norm(unit(features[part]), axis=1)
+        bad = np.flatnonzero(~(length > 0))
         if len(bad):
             raise ValueError(f"features: row {part.start + bad[0]} is zero or not finite")
+    return index
 
 
 # ================================================================ what we add
@@ -482,7 +365,7 @@ class Space(NamedTuple):
     matrix: np.ndarray  # (d, k)
 
 
-def fit_space(features, video, track, center=True, whiten=True) -> Space:
+def fit_space(features, video, track, center=True, whiten=True):
     """A space found without a label, in two passes: features (N, d); video, track (N,).
 
     center: a camera makes its images alike, so a video's mean is taken off, drawn to the overall
@@ -490,45 +373,40 @@ def fit_space(features, video, track, center=True, whiten=True) -> Space:
     covariance is divided out, shrunk towards a sphere by the oracle approximating coefficient (Chen
     et al., 2010), in the 512 principal directions at most, and half as many as there are tracklets:
     among more, some would tell every tracklet from every other."""
-    video = dense(np.asarray(video))
-    track = number_tracklets(video, np.asarray(track))
+    track = number_pairs(video, track)
     N, d = features.shape
-    total = sums_by_label(features, np.zeros(N, np.int64))[0]
-    space = Space(total / N, 8.0 if center else np.inf, np.eye(d, dtype=np.float32))
+    mean = sums_by_label(features, np.zeros(N, np.int64))[0] / N
+    space = Space(mean, 8.0 if center else np.inf, np.eye(d, dtype=np.float32))
     if not whiten:
         return space
     covariance = np.zeros((d, d))
     for rows in rows_of(video):
         x = centred(unit(features[rows]), track[rows], space)
         covariance += x.T @ x / N
-    trace = np.trace(covariance)
-    squares = (covariance**2).sum()
-    above = (1 - 2 / d) * squares + trace**2
-    below = (N + 1 - 2 / d) * (squares - trace**2 / d)
+    values, vectors = np.linalg.eigh(covariance)  # ascending
+    spread = values - values.mean()
+    above = (1 - 2 / d) * (values**2).sum() + values.sum() ** 2
+    below = (N + 1 - 2 / d) * (spread**2).sum()
     rho = min(1.0, above / max(below, 1e-30))
-    sphere = trace / d * np.eye(d)
-    values, vectors = np.linalg.eigh((1 - rho) * covariance + rho * sphere)  # ascending
+    values -= rho * spread
     matrix = vectors / np.sqrt(np.maximum(values, 1e-9))
-    T = track.max() + 1
-    kept = min(d, 512, max(2, T // 2))
+    kept = min(d, 512, max(2, len(np.unique(track)) // 2))
     return space._replace(matrix=matrix[:, -kept:].astype(np.float32))
 
 
-def centred(x, track, space: Space):
+def centred(x, track, space):
     """A video's images x (n, d) without its mean, which is that of its tracklets' means."""
-    mine, size = np.unique(track, return_inverse=True, return_counts=True)[1:]
-    means = sums_of(x, mine, len(size)) / size[:, None]
+    means = np.stack([x[rows].mean(0, dtype=float) for rows in rows_of(track)])
     weight = 1 / (1 + space.prior / len(means))
     return x - (weight * means.mean(0) + (1 - weight) * space.mean)
 
 
-def place(features, video, track, frame, space: Space, out=None):
+def place(features, video, track, frame, space, out=None):
     """Features (N, d) in a space: unit rows (N, k) float32, or written to `out`, an array or memory
     map of any float type. Works for later images too: their videos' means are their own."""
     if out is None:
         out = np.empty((len(features), space.matrix.shape[1]), np.float32)
-    track = np.asarray(track)
-    for rows in rows_of(dense(np.asarray(video))):
+    for rows in rows_of(video):
         x = centred(unit(features[rows]), track[rows], space) @ space.matrix
         # an image that is nothing but its video's mean: one direction for all such
         x[np.linalg.norm(x, axis=1) < 1e-6] = 1
@@ -541,24 +419,21 @@ def place(features, video, track, frame, space: Space, out=None):
 
 def cut_tracklets(features, track, sigma_drm):
     """Tracklets cut, and their parts again, where the tracker went over to somebody else: where two
-    parts, of one image or more, are at least sigma_drm apart. Numbers (n,) of the parts.
+    parts, of one image or more, are at least sigma_drm apart. The first row of each part (n,).
     features (n, d), unit length; track (n,), the images of each tracklet in order of time."""
-    numbers = np.empty(len(track), np.int64)
-    count = 0
-    for tracklet in rows_of(track):
-        waiting = [tracklet]
-        while waiting:
-            rows = waiting.pop()
-            at = find_cut(features[rows], sigma_drm)
-            if at > 0:
-                waiting += [rows[at:], rows[:at]]
-            else:
-                numbers[rows] = count
-                count += 1
-    return numbers
+    part = np.empty(len(track), np.int64)
+    waiting = rows_of(track)
+    while waiting:
+        rows = waiting.pop()
+        at = find_cut(features[rows], sigma_drm)
+        if at > 0:
+            waiting += [rows[:at], rows[at:]]
+        else:
+            part[rows] = rows[0]
+    return part
 
 
-def find_cut(x, sigma_drm) -> int:
+def find_cut(x, sigma_drm):
     """How many of a tracklet's features (n, d) come before the cut that leaves the least variance
     within its two parts; 0 where their centroids are closer than sigma_drm."""
     if len(x) == 1:
@@ -566,7 +441,7 @@ def find_cut(x, sigma_drm) -> int:
     size = np.arange(1, len(x))  # of the first part
     before = x.cumsum(0)[:-1]
     after = x.sum(0) - before
-    explained = (before**2).sum(1) / size + (after**2).sum(1) / (len(x) - size)
+    explained = (before**2).sum(1) / size + (after**2).sum(1) / size[::-1]
     best = explained.argmax()
     distance = 1 - unit(before[best]) @ unit(after[best])
     return size[best] if distance >= sigma_drm else 0
@@ -575,22 +450,19 @@ def find_cut(x, sigma_drm) -> int:
 # ---------------------------------------------------------------- cannot-link
 
 
-def seen_together(labels, video, frame):
-    """Two boxes in one frame are two people: pairs of labels that are seen in the same frame of a
-    video, (2, pairs), the smaller first."""
+def seen_together(labels, frame):
+    """Two boxes in one frame are two people: pairs of labels (n,) that are seen in the same frame
+    (n,), as (2, pairs), the smaller first."""
     kept = labels >= 0
     frame = dense(frame[kept])
-    moment = dense(video[kept] * (frame.max() + 1) + frame)
-    shape = (labels.max() + 1, moment.max() + 1)
-    seen = coo_array((np.ones(len(moment)), (labels[kept], moment)), shape=shape).tocsr()
-    first, second = (seen @ seen.T).nonzero()
-    return np.stack([first, second])[:, first < second].astype(np.int64)
+    seen = csr_array((np.ones_like(frame), (labels[kept], frame)))
+    return np.array(triu(seen @ seen.T, 1).nonzero(), np.int64)
 
 
 # ---------------------------------------------------------------- closest first, not the closure
 
 
-def merge_closest_first(centroids, sigma_drm, r_s, apart=None, nearness=0.0):
+def merge_closest_first(centroids, sigma_drm, r_s, apart, nearness=0.1):
     """Join linked tracklets, the closest first, while closer than sigma_drm: numbers (T,).
 
     How far two identities are is the mean over the pairs of their tracklets, which the sums of
@@ -602,19 +474,16 @@ def merge_closest_first(centroids, sigma_drm, r_s, apart=None, nearness=0.0):
     identity = np.arange(T)
     sums = centroids.copy()
     size = np.ones(T, np.float32)
-    position = np.arange(T, dtype=np.float64)  # like sums: of all its tracklets
-    pairs = nearest_links(centroids, sigma_drm, r_s)
-    never = np.empty(0, np.int64) if apart is None else apart[0] * T + apart[1]
-    while True:
-        pairs = pairs[~np.isin(pairs, never)]
+    position = np.arange(T, dtype=float)  # like sums: of all its tracklets
+    never = apart[0] * T + apart[1]
+    pairs = np.setdiff1d(nearest_links(centroids, sigma_drm, r_s), never)
+    while len(pairs):
         i, j = np.divmod(pairs, T)
+        dots = [np.einsum("nd,nd->n", sums[i[p]], sums[j[p]]) for p in parts(len(i))]
+        distance = 1 - np.concatenate(dots) / (size[i] * size[j])
         gap = np.abs(position[i] / size[i] - position[j] / size[j])
-        distance = 1 - dots(sums, i, j) / (size[i] * size[j])
         distance += nearness * np.minimum(gap / r_s, 1)
         near = distance < sigma_drm
-        pairs = pairs[near]
-        if len(pairs) == 0:
-            return dense(identity)
         i, j = mutually_closest(i[near], j[near], distance[near])
         sums[i] += sums[j]
         size[i] += size[j]
@@ -622,57 +491,36 @@ def merge_closest_first(centroids, sigma_drm, r_s, apart=None, nearness=0.0):
         union = np.arange(T)
         union[j] = i
         identity = union[identity]
-        pairs = rename(pairs, union)
         never = rename(never, union)
+        pairs = np.setdiff1d(rename(pairs[near], union), never)
+    return dense(identity)
 
 
 def nearest_links(centroids, sigma_drm, r_s, most=10):
     """The links of each tracklet to its `most` nearest, which bounds memory and time where links
     chain half of all people. Numbers i T + j of pairs i < j, ascending."""
-    T = len(centroids)
     found = []
     for c, t, distance in links(centroids, sigma_drm, r_s):
-        order = np.lexsort((distance, c))
-        c = c[order]
-        t = t[order]
+        t = t[np.lexsort((distance, c))]  # c ascends
         rank = np.arange(len(c)) - np.searchsorted(c, c)  # of t among the links of c
-        c = c[rank < most]
-        t = t[rank < most]
-        found.append(np.minimum(c, t) * T + np.maximum(c, t))
+        i, j = np.sort(np.stack([c, t])[:, rank < most], axis=0)
+        found.append(i * len(centroids) + j)
     return np.unique(np.concatenate(found))
-
-
-def dots(x, i, j):
-    """Products of the rows i and j of x (T, d): (pairs,), a few at a time."""
-    out = np.empty(len(i), np.float32)
-    step = max(1, 2**23 // x.shape[1])
-    for start in range(0, len(i), step):
-        part = slice(start, start + step)
-        out[part] = np.einsum("nd,nd->n", x[i[part]], x[j[part]])
-    return out
 
 
 def mutually_closest(i, j, distance):
     """Of pairs (i, j), those in which each is the other's closest; of equals the first counts."""
-    order = np.lexsort((j, i, distance))
-    i = i[order]
-    j = j[order]
-    ends = np.stack([i, j], 1).ravel()
-    names, first = np.unique(ends, return_index=True)
-    closest = np.empty(ends.max() + 1, np.int64)
-    closest[names] = first // 2  # the pair in which each comes first
-    mutual = closest[i] == closest[j]
-    return i[mutual], j[mutual]
+    ends = np.stack([i, j], axis=1)[np.argsort(distance, kind="stable")]
+    # the closest pair of each is that in which it comes first
+    closest = np.unique(ends, return_index=True)[1] // 2
+    return ends[np.flatnonzero(np.bincount(closest) == 2)].T
 
 
 def rename(pairs, union):
     """Pairs i T + j after each i has become union[i], without those that are one now."""
     T = len(union)
-    i, j = np.divmod(pairs, T)
-    i = union[i]
-    j = union[j]
-    renamed = np.minimum(i, j) * T + np.maximum(i, j)
-    return np.unique(renamed[i != j])
+    i, j = np.sort(union[np.stack(np.divmod(pairs, T))], axis=0)
+    return np.unique((i * T + j)[i < j])
 
 
 # ---------------------------------------------------------------- calibration
@@ -686,52 +534,40 @@ def calibrate(features, video, track, frame, r_s=1000):
     strangers. sigma_cst is halfway between wide and far. sigma_drm is halfway between near and far
     or, where people change more from video to video, the distance within which half of all links
     lie."""
-    video = dense(np.asarray(video))
-    track = number_tracklets(video, np.asarray(track))
-    track = in_sequence(track, video, np.asarray(frame))
+    track = number_pairs(video, track)
+    track = in_sequence(track, np.lexsort((track, frame, video)).argsort())
     sums = sums_by_label(features, track)
-    own = distances_to_the_rest(features, track, sums)
+    several = np.bincount(track)[track] > 1
+    own = [np.empty(0)]
+    for k, x in labelled_parts(features, np.where(several, track, -1)):
+        own.append(distances(x, unit(sums[k] - x)))
+    own = np.concatenate(own)
     between = distances_between_videos(unit(sums), video, track, r_s)
     near, wide = np.quantile(own, (0.5, 0.95)) if len(own) else (0.0, 0.0)
     far = np.median(between) if len(between) else 1.0
     sigma_cst = (wide + far) / 2
-    sigma_drm = max((near + far) / 2, half_of_links(np.sort(between)))
+    sigma_drm = max((near + far) / 2, half_of_links(np.sort(between), far))
     # where all features are alike, rounding must not exclude or cut anything
-    return float(max(sigma_cst, 2 * TIE)), float(max(sigma_drm, 2 * TIE))
-
-
-def distances_to_the_rest(features, track, sums):
-    """How far each image is from the centroid of the remaining ones of its tracklet, of those with
-    several; sums (T, d) of the tracklets' features."""
-    several = np.bincount(track) > 1
-    found = [np.zeros(0)]
-    for part in parts(features):
-        kept = several[track[part]]
-        x = unit(features[part])[kept]
-        remaining = unit(sums[track[part][kept]] - x)
-        found.append(1 - np.einsum("nd,nd->n", x, remaining))
-    return np.concatenate(found)
+    return max(sigma_cst, 2 * TIE), max(sigma_drm, 2 * TIE)
 
 
 def distances_between_videos(centroids, video, track, r_s):
     """Distances of tracklets, 1,000 at most and evenly spread, to all of other videos in range."""
     T = len(centroids)
-    home = np.empty(T, np.int64)
-    home[track] = video
-    found = [np.zeros(0)]
+    home = video[np.unique(track, return_index=True)[1]]
+    found = []
     for c in np.linspace(0, T - 1, min(T, 1000)).astype(int):
-        t = np.arange(max(0, c - r_s), min(T, c + r_s + 1))
-        t = t[home[t] != home[c]]
-        found.append(1 - centroids[t] @ centroids[c])
-    return np.concatenate(found)
+        near = slice(max(0, c - r_s), c + r_s + 1)
+        elsewhere = home[near] != home[c]
+        found.append(1 - centroids[near][elsewhere] @ centroids[c])
+    return np.concatenate(found, dtype=float)
 
 
-def half_of_links(between) -> float:
+def half_of_links(between, median):
     """The distance within which half of all links lie. `between`: sorted distances of tracklets,
     most of whom are strangers. Strangers are nearer than the median m by x as often as farther by
     x. So within m - x are as many strangers as lie beyond m + x, and the others are links. Only
     distances within which a quarter at most are strangers are trusted; 0 if there are none."""
-    median = np.median(between) if len(between) else 0.0
     nearer = np.arange(1, len(between) // 2 + 1)
     mirrored = 2 * median - between[: len(nearer)]
     strangers = len(between) - np.searchsorted(between, mirrored)
@@ -740,87 +576,28 @@ def half_of_links(between) -> float:
     if len(trusted) == 0:
         return 0.0
     half = np.argmax(links >= links.max() / 2)
-    return float(between[min(half, trusted[-1])])
+    return between[min(half, trusted[-1])]
 
 
 # ================================================================ the program
 
 
-def pairwise_scores(labels, truth) -> dict[str, float]:
+def pairwise_scores(labels, truth):
     """Precision, recall and F1 over pairs of images: is a pair together in labels, and is it truly
     one person? An image labelled -1 is in no pair of its side: one without a true identity makes
     every pair found with it a wrong one."""
     both = (labels >= 0) & (truth >= 0)
-    shape = (labels.max(initial=-1) + 2, truth.max(initial=-1) + 2)
-    table = coo_array((np.ones(both.sum()), (labels[both], truth[both])), shape=shape).tocsr()
-    hit = pairs_in(table.data)
-    precision = hit / max(1, pairs_in(np.bincount(labels[labels >= 0])))
-    recall = hit / max(1, pairs_in(np.bincount(truth[truth >= 0])))
+    hit = pairs_in(number_pairs(labels[both], truth[both]))
+    precision = hit / max(1, pairs_in(labels))
+    recall = hit / max(1, pairs_in(truth))
     f1 = 2 * precision * recall / max(precision + recall, 1e-12)
     return {"precision": precision, "recall": recall, "f1": f1}
 
 
-def pairs_in(sizes) -> float:
-    """How many pairs there are within groups of these sizes."""
+def pairs_in(labels):
+    """How many pairs of images have the same label."""
+    sizes = np.bincount(labels[labels >= 0])
     return float((sizes * (sizes - 1.0) / 2).sum())
-
-
-def denoise_tracklets(
-    tracklets, features, scratch, truth=None, say=print, center=True, whiten=True, **options
-):
-    """`denoise` an index of tracklets in the space of its features, and say a line a level.
-
-    features (N, d): a zero row is an image that could not be read, and gets -1. scratch: a file for
-    the placed features, gone at the end. truth (N,) is only measured against. options: `denoise`'s.
-    Returns labels (N,), figures for log.jsonl, and the space, which the paper does not have."""
-    clock = time.time()
-    readable = np.empty(len(tracklets), bool)
-    for part in parts(features):
-        readable[part] = np.asarray(features[part]).any(1)
-    rows = np.flatnonzero(readable)
-    unreadable = np.flatnonzero(~readable)
-    refuse_unreadable(tracklets, unreadable, len(tracklets))
-    if len(unreadable):
-        first = tracklets.path(unreadable[0])
-        say(f"{len(unreadable):,} unreadable images are left out, the first: {first}")
-    features = Rows(features, rows)
-    check_features(features)
-    index = tracklets.video[rows], tracklets.track[rows], tracklets.frame[rows]
-    labels = np.full(len(tracklets), -1)
-    table = []
-
-    def say_level(level, found, n_S):
-        """Log a level of the readable images, and print its line."""
-        labels[rows] = found
-        table.append(figures_of(level, labels, n_S, truth))
-        say(LINE.format(**table[-1]) + (SCORES.format(**table[-1]) if truth is not None else ""))
-
-    space = None
-    with replacing(scratch, keep=False) as file:
-        if not options["paper"]:
-            space = fit_space(features, *index[:2], center, whiten)
-            shape = len(rows), space.matrix.shape[1]
-            placed = np.lib.format.open_memmap(file, "w+", np.float16, shape)
-            features = place(features, *index, space, placed)
-        given = [options[name] for name in ("sigma_cst", "sigma_drm", "r_s", "paper")]
-        chosen = thresholds(features, *index, *given)
-        options |= zip(("sigma_cst", "sigma_drm"), chosen)
-        say("sigma_cst {:.3f}, sigma_drm {:.3f}, r_s {:,}".format(*chosen, options["r_s"]))
-        say(HEADER)
-        denoise(features, *index, report=say_level, **options)
-
-    figures = table[-1] | {"levels": table, "unreadable": unreadable.tolist()}
-    figures |= {"noise_before": table[0]["noise"], "noise_after": table[-1]["noise"]}
-    figures |= zip(("sigma_cst", "sigma_drm"), chosen)
-    if truth is not None:
-        figures["f1_tracklets"] = table[0]["f1"]
-    spanned = {"tracklets": tracklets.track, "videos": tracklets.video}
-    for name, of in spanned.items():
-        both = np.unique(labels[labels >= 0] * (of.max() + 1) + of[labels >= 0])
-        figures[f"{name}_per_identity"] = len(both) / figures["identities"]
-        say(f"an identity spans {figures[f'{name}_per_identity']:.1f} {name}")
-    figures["seconds"] = time.time() - clock
-    return labels, figures, space
 
 
 HEADER = "level            identities    images  noise n_S =  too wide + too close"
@@ -830,37 +607,68 @@ LINE += "{noise[0]:>11.2f}{noise[1]:>12.2f}{noise[2]:>12.2f}"
 SCORES = "{precision:>12.3f}{recall:>8.3f}{f1:>7.3f}"
 
 
-def figures_of(level: str, labels, n_S: Noise, truth) -> dict:
-    """What is logged of a level."""
-    figures = {"level": level, "identities": int(labels.max()) + 1}
-    figures["images_kept"] = int((labels >= 0).sum())
-    figures["noise"] = n_S
+def denoise_tracklets(
+    tracklets,
+    features,
+    scratch,
+    truth=None,
+    say=print,
+    sigma_cst=None,
+    sigma_drm=None,
+    r_s=1000,
+    paper=False,
+    levels=3,
+    without=(),
+):
+    """`denoise` an index of tracklets in the space of its features (N, d), and say a line a level.
+
+    scratch: a file for the placed features, which nobody sees. truth (N,) is only measured against.
+    Returns labels (N,) and figures for log.jsonl."""
+    index = check_arrays(features, tracklets.video, tracklets.track, tracklets.frame)
+    if not paper:
+        space = fit_space(features, *index[:2], "center" not in without, "whiten" not in without)
+        shape = (len(tracklets), space.matrix.shape[1])
+        placed = np.memmap(scratch, np.float16, "w+", shape=shape)
+        # what is mapped stays, and goes with the program, however that ends
+        os.unlink(scratch)
+        features = place(features, *index, space, placed)
+    sigmas = thresholds(features, index, sigma_cst, sigma_drm, r_s, paper)
+    say(f"sigma_cst {sigmas[0]:.3f}, sigma_drm {sigmas[1]:.3f}, r_s {r_s:,}")
+    say(HEADER)
+    table = []
+    for level, labels in level_by_level(features, index, sigmas, r_s, paper, levels, without):
+        found = {"level": level, "identities": int(labels.max()) + 1}
+        found["images_kept"] = int((labels >= 0).sum())
+        found["noise"] = noise(features, labels, *sigmas, r_s)
+        line = LINE
+        if truth is not None:
+            found |= pairwise_scores(labels, truth)
+            line += SCORES
+        table.append(found)
+        say(line.format(**found))
+    figures = found | {"sigma_cst": sigmas[0], "sigma_drm": sigmas[1], "levels": table}
+    figures |= {"noise_before": table[0]["noise"], "noise_after": found["noise"]}
     if truth is not None:
-        figures |= pairwise_scores(labels, truth)
-    return figures
+        figures["f1_tracklets"] = table[0]["f1"]
+    return labels, figures
 
 
-def show_identities(file, tracklets, labels, people=12, columns=14) -> None:
-    """Write a picture: an identity a row, those of most videos first, its images spread over them;
-    framed red at its end, images of its tracklets that are in no identity."""
+def show_identities(file, tracklets, labels, people=12, columns=14):
+    """Write a picture: an identity a row, those of most videos first, its images spread over it."""
     images = Images(tracklets, (128, 64))
     identities = rows_of(labels)
     identities.sort(key=lambda rows: -len(np.unique(tracklets.video[rows])))
-    sheet = []
+    cells = []
     for rows in identities[:people]:
-        gone = (labels < 0) & np.isin(tracklets.track, tracklets.track[rows])
-        gone = np.flatnonzero(gone)[:3]
-        shown = np.linspace(0, len(rows) - 1, columns - len(gone)).astype(int)
-        sheet += [images[i][0] / 255 for i in rows[shown]]
-        sheet += [framed(images[i][0] / 255, (0.9, 0.1, 0.1)) for i in gone]
-    save_image(make_grid(torch.stack(sheet), nrow=columns), file)
+        shown = np.linspace(0, len(rows) - 1, columns).astype(int)
+        cells += [images[i][0] / 255 for i in rows[shown]]
+    save_image(cells, file, nrow=columns)
 
 
-def parse_flags() -> argparse.Namespace:
-    """Flags of the program. Exits where they cannot work."""
+def parse_flags():
+    """Flags of the program."""
     parser = argparse.ArgumentParser(
-        description="Find the identities in a folder of tracklets and write them as an annotation.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Find the identities in a folder of tracklets and write them as an annotation."
     )
     flag = parser.add_argument
     flag("--data", default="data/walkers", help="folder of tracklets; its train/ beside a test/")
@@ -869,88 +677,88 @@ def parse_flags() -> argparse.Namespace:
     flag("--index", action="store_true", help="print the images in the order of rows, and stop")
     flag("--out", default="identities.json", help="annotation to write; the rest goes beside it")
     flag("--arch", help="architecture, if the checkpoint does not say")
-    flag("--size", type=int, nargs=2, metavar=("H", "W"), help="input size, likewise")
+    flag("--size", type=int, nargs=2, help="height and width of the input, likewise")
     flag("--workers", type=int, default=1, help="processes that decode images")
     flag("--paper", action="store_true", help="the paper's equations alone, without our additions")
     flag("--sigma_cst", type=float, help="intra-identity consistency; none: calibrated")
     flag("--sigma_drm", type=float, help="inter-identity discrimination; none: calibrated")
     flag("--r_s", type=int, default=1000, help="half-width of the sliding range, in tracklets")
-    flag("--levels", type=int, default=3, help="1 within tracklets, 2 within videos, 3 across")
-    flag("--nearness", type=float, default=0.1, help="how much farther those r_s apart count")
-    switch = argparse.BooleanOptionalAction
-    flag("--center", action=switch, default=True, help="subtract each video's mean")
-    flag("--whiten", action=switch, default=True, help="divide out the covariance")
-    flag("--cut", action=switch, default=True, help="cut tracklets where the person changes")
-    flag("--cannot_link", action=switch, default=True, help="two boxes in a frame: two people")
-    flag("--closest_first", action=switch, default=True, help="instead of the closure of links")
-    args = parser.parse_args()
-    if Path(args.out).suffix != ".json":
-        parser.error(f"--out {args.out}: expected a name that ends in .json")
-    return args
+    flag("--levels", type=int, default=3, choices=(1, 2, 3), help="within tracklets, videos, all")
+    flag("--without", nargs="+", default=(), choices=ADDITIONS, help="additions to leave out")
+    return parser.parse_args()
 
 
-def main() -> None:
+def extract_features(args, tracklets, file):
+    """Features (N, d) of all images by the encoder that the flags name, float16, in a file that
+    appears when it is whole. torchrun's processes share the work; None on all but the first."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backbone, size = load_backbone(args.weights, args.arch, args.size)
+    hidden = file.with_name("." + file.name)
+    features = None
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        shape = (len(tracklets), backbone.embed_dim)
+        features = np.lib.format.open_memmap(hidden, "w+", np.float16, shape)
+    extract(backbone.to(device), tracklets, size, device, args.workers, out=features)
+    if first:
+        os.replace(hidden, file)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return features
+
+
+def main():
     """Features in, labels out."""
     args = parse_flags()
-    options = {name: getattr(args, name) for name in ("paper", *OPTIONS)}
-    check_settings(args.sigma_cst, args.sigma_drm, args.r_s, args.nearness, args.levels)
     train_folder, test_folder = find_splits(args.data)
     tracklets = read_tracklets(train_folder)
     if args.index:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` has read enough
         for i in range(len(tracklets)):
             print(tracklets.path(i))
         return
     out = Path(args.out)
-    summary = out.with_suffix(".summary.json")
-    for file in (out, summary, out.with_suffix(".space.npz"), out.with_suffix(".png")):
+    for file in (out, out.with_suffix(".summary.json"), out.with_suffix(".jpg")):
         if file.exists():
             raise ValueError(f"{file}: exists already; give another --out")
-    features = np.load(args.features, mmap_mode="r") if args.features else extract(args, tracklets)
-    if int(os.environ.get("RANK", 0)) > 0:
-        return
-    shape = getattr(features, "shape", "an archive")
-    if len(shape) != 2 or len(features) != len(tracklets) or features.dtype.kind != "f":
-        raise ValueError(
-            f"{args.features}: got {shape}, expected floats (N, d), a row for each of the "
-            f"{len(tracklets):,} images of {train_folder}, in the order of --index"
-        )
+    out.parent.mkdir(parents=True, exist_ok=True)
     if args.features:
-        check_features(features)  # a zero row is an unreadable image in our own features only
+        features = np.load(args.features, mmap_mode="r")
+        if len(features) != len(tracklets):
+            expected = f"a row for each of {len(tracklets):,} images, as --index prints them"
+            raise ValueError(f"{args.features}: has {len(features):,} rows; expected {expected}")
+    else:
+        features = extract_features(args, tracklets, out.with_suffix(".features.npy"))
+    if features is None:
+        return
     truth = None
-    if test_folder and (Path(args.data) / "train.json").exists():
-        truth = read_labels(Path(args.data) / "train.json", tracklets)
+    labelled = Path(args.data) / "train.json"
+    if test_folder and labelled.exists():
+        truth = read_labels(labelled, tracklets)
     print(f"{train_folder}: {tracklets}", flush=True)
-    scratch = out.with_suffix(".scratch")
-    labels, figures, space = denoise_tracklets(tracklets, features, scratch, truth, **options)
+    labels, figures = denoise_tracklets(
+        tracklets,
+        features,
+        out.with_suffix(".scratch"),
+        truth,
+        sigma_cst=args.sigma_cst,
+        sigma_drm=args.sigma_drm,
+        r_s=args.r_s,
+        paper=args.paper,
+        levels=args.levels,
+        without=args.without,
+    )
     write_labels(out, tracklets, labels)
-    summary.write_text(json.dumps(figures, indent=1) + "\n")
-    if space is not None:
-        np.savez(out.with_suffix(".space.npz"), **space._asdict())
-    show_identities(out.with_suffix(".png"), tracklets, labels)
-    print(f"written: {out}, and its summary, space and pictures beside it")
-
-
-def extract(args, tracklets):
-    """Features (N, d) of all images by the encoder that the flags name, on torchrun's processes."""
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")  # processes only wait for each other
-    backbone, size, _ = load_backbone(args.weights, args.arch, args.size)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    backbone.to(device)
-    folder = Path(args.out).parent
-    features = extract_to_file(folder, backbone, tracklets, size, device, args.workers)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return features
+    out.with_suffix(".summary.json").write_text(json.dumps(figures, indent=1))
+    show_identities(out.with_suffix(".jpg"), tracklets, labels)
+    print(f"written: {out}, its summary and its pictures beside it")
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, EOFError) as error:
-        sys.exit(f"denoise.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("denoise.py: stopped; the same command goes on with the features that are there")
+        raise SystemExit(f"denoise.py: {error}")

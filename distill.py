@@ -11,8 +11,7 @@ from itertools import groupby
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed as dist, nn
-from torchvision.utils import save_image
+from torch import distributed as dist, nn
 
 from model import normalize
 
@@ -34,9 +33,9 @@ class Views:
     blur_sigma: float = 2.0  # largest sigma of the Gaussian, in pixels; the smallest is 0.1
     solarize_p: float = 0.0
 
-    def draw(self, n: int, canvas: tuple, generator: torch.Generator) -> dict[str, Tensor]:
-        """Random parameters, (n, ...) each, of n views, each of an image of its own, all images of
-        height and width `canvas`. On the CPU: the same for every device."""
+    def draw(self, n, canvas, generator):
+        """Random parameters, a dict of tensors (n, ...), of n views, each of an image of its own;
+        images have height and width `canvas`. On the CPU: the same for every device."""
         boxes = draw_boxes(n, canvas, self.scale, self.ratio, generator)
         chance = torch.rand(5, n, generator=generator)
         # what brightness, contrast and saturation are multiplied with, and what is added to hue
@@ -57,23 +56,22 @@ class Views:
             "solarize": chance[4] < self.solarize_p,
         }
 
-    def render(self, images: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+    def render(self, images, drawn):
         """The drawn view of each image: uint8 (n, 3, H, W) -> (n, 3, height, width) in [0, 1]."""
         x = crop_and_resize(images, drawn["box"], self.size)
         x = change_some(x, drawn["flip"], mirror)
         for place in range(4):
-            for i, strength in enumerate(self.jitter):
-                if strength > 0:
+            for i, operation in enumerate(JITTER):
+                if self.jitter[i] > 0:
                     # the views in which operation i comes at this place
                     chosen = drawn["jitter"] & (drawn["order"][:, place] == i)
-                    factors = drawn["factors"][:, i]
-                    x = change_some(x, chosen, JITTER[i], factors)
+                    x = change_some(x, chosen, operation, drawn["factors"][:, i])
         no_colour = torch.zeros(len(x))
         x = change_some(x, drawn["grey"], adjust_saturation, no_colour)
         x = change_some(x, drawn["blur"], self.blur, drawn["sigma"])
         return change_some(x, drawn["solarize"], solarize)
 
-    def blur(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def blur(self, x, sigma):
         """Views (n, 3, h, w), each blurred by a Gaussian of its own sigma (n, 1, 1, 1), in pixels,
         none above `blur_sigma`; it is cut off at three times that."""
         reach = math.ceil(3 * self.blur_sigma)
@@ -89,13 +87,7 @@ class Views:
         return x[0].unflatten(0, (-1, 3))
 
 
-def draw_boxes(
-    n: int,
-    canvas: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    generator: torch.Generator,
-) -> Tensor:
+def draw_boxes(n, canvas, scale, ratio, generator):
     """Top, left, height and width (n, 4) of boxes in whole pixels, as torchvision's
     RandomResizedCrop draws them: the first of ten tries that fits into the image. Where none does,
     it is the largest centred box of an allowed ratio."""
@@ -113,14 +105,14 @@ def draw_boxes(
 
     none = ~fits.any(1)
     allowed = min(max(W / H, ratio[0]), ratio[1])
-    largest = [min(H, round(W / allowed)), min(W, round(H * allowed))]
-    size[none] = torch.tensor(largest, dtype=size.dtype)
+    size[none, 0] = min(H, round(W / allowed))
+    size[none, 1] = min(W, round(H * allowed))
     place[none] = 0.5
     corner = (place * (limits - size + 1)).floor()
     return torch.cat([corner, size], dim=1).long()
 
 
-def crop_and_resize(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def crop_and_resize(images, boxes, size):
     """Boxes (n, 4), on the CPU, of uint8 images (n, 3, H, W), resized (bilinear, antialiased) ->
     (n, 3, height, width) in [0, 1]. On a CPU rounded to bytes, as PIL does it and for its speed;
     a GPU cannot resize bytes."""
@@ -134,49 +126,46 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Ten
     return x.float() / 255
 
 
-def change_some(x: Tensor, chosen: Tensor, operation, *amounts: Tensor) -> Tensor:
+def change_some(x, chosen, operation, *amounts):
     """In place, replace the chosen ones of the views x (n, 3, h, w) by operation(view, amounts).
     chosen, amounts: (n,), on the CPU, so that no device is waited for."""
     rows = chosen.nonzero()[:, 0]
     if len(rows) == 0:
         return x
-    theirs = []
-    for amount in amounts:
-        amount = amount[rows].to(x.device, non_blocking=True)
-        theirs.append(amount[:, None, None, None])
+    theirs = [amount[rows, None, None, None].to(x.device, non_blocking=True) for amount in amounts]
     rows = rows.to(x.device, non_blocking=True)
     changed = operation(x.index_select(0, rows), *theirs)
     return x.index_copy_(0, rows, changed)
 
 
-def mirror(x: Tensor) -> Tensor:
+def mirror(x):
     """Left and right exchanged."""
     return x.flip(3)
 
 
-def luma(x: Tensor) -> Tensor:
+def luma(x):
     """Grey value (n, 1, h, w) of views (n, 3, h, w), by ITU-R 601 weights."""
     red, green, blue = x.split(1, dim=1)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+def adjust_brightness(x, factor):
     """Pixels times a factor (n, 1, 1, 1)."""
     return (x * factor).clamp_(0, 1)
 
 
-def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+def adjust_contrast(x, factor):
     """Distances to the view's mean grey value times a factor (n, 1, 1, 1)."""
     mean = luma(x.mean((2, 3), keepdim=True))
     return mean.lerp(x, factor).clamp_(0, 1)
 
 
-def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+def adjust_saturation(x, factor):
     """Distances to each pixel's grey value times a factor (n, 1, 1, 1); 0 is a grey view."""
     return luma(x).lerp(x, factor).clamp_(0, 1)
 
 
-def adjust_hue(x: Tensor, turn: Tensor) -> Tensor:
+def adjust_hue(x, turn):
     """Hue turned by a share (n, 1, 1, 1) of the colour circle."""
     red, green, blue = x.unbind(1)  # (n, h, w)
     value = x.amax(1)
@@ -206,18 +195,12 @@ def adjust_hue(x: Tensor, turn: Tensor) -> Tensor:
 JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
-def solarize(x: Tensor) -> Tensor:
+def solarize(x):
     """Pixels of 0.5 and more inverted."""
     return torch.where(x >= 0.5, 1 - x, x)
 
 
-def make_views(
-    images: Tensor,
-    kinds: list[Views],
-    generator: torch.Generator,
-    rank: int = 0,
-    world_size: int = 1,
-) -> list[Tensor]:
+def make_views(images, kinds, generator, rank=0, world_size=1):
     """One normalised view (B, 3, height, width) for each kind, of this process's uint8 images
     (B, 3, H, W). Parameters are drawn for the global batch and each process takes its rows, so
     views don't depend on the number of processes."""
@@ -232,39 +215,21 @@ def make_views(
     return views
 
 
-def show_views(file, images: Tensor, kinds: list[Views], generator: torch.Generator) -> None:
-    """Write a picture: a row for each image (uint8 (B, 3, H, W)), as it is and then its views."""
-    height, width = kinds[0].size
-    original = F.interpolate(images.float() / 255, (height, width), mode="bilinear")
-    columns = [original]
-    for kind in kinds:
-        drawn = kind.draw(len(images), images.shape[2:], generator)
-        x = kind.render(images, drawn)
-        right = width - x.shape[3]
-        below = height - x.shape[2]
-        columns.append(F.pad(x, (0, right, 0, below), value=1.0))
-    sheet = torch.stack(columns, dim=1)  # (B, columns, 3, height, width)
-    zoom = max(1, 128 // height)
-    sheet = F.interpolate(sheet.flatten(0, 1), scale_factor=zoom)
-    save_image(sheet, file, nrow=len(columns), pad_value=1.0)
-
-
 # ---------------------------------------------------------------- the network
 
 
 class Network(nn.Module):
     """Backbone and projection head: V crops, each (B, 3, h, w) -> logits (V, B, D), float32."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module):
+    def __init__(self, backbone, head):
         super().__init__()
         self.backbone = backbone
         self.head = head
         # weights in the format that a backbone asks for are enough: its convolutions bring what
         # they are given into the same one
-        memory_format = getattr(backbone, "memory_format", torch.contiguous_format)
-        self.to(memory_format=memory_format)
+        self.to(memory_format=getattr(backbone, "memory_format", torch.contiguous_format))
 
-    def forward(self, crops: list[Tensor]) -> Tensor:
+    def forward(self, crops):
         features = []
         for _, same_size in groupby(crops, key=lambda crop: crop.shape):
             batch = torch.cat(list(same_size))
@@ -277,14 +242,8 @@ class Network(nn.Module):
 
 
 def identity_loss(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor,
-    K: int,
-    student_temp: float = 0.1,
-    teacher_temp: float = 0.04,
-    weights: str = "paper",
-) -> Tensor:
+    student, teacher, center, K, student_temp=0.1, teacher_temp=0.04, weights="paper"
+):
     """The mean (in the paper: the sum) of H(p of x, q of x') = -<p, log q> (eq. 8) over all ordered
     pairs i, j of images of an identity, both global views x of i and all views x' of j, but x' != x
     (eq. 9). H is linear in p, so with G_b the sum of p over both global views of all images of b's
@@ -322,26 +281,26 @@ def identity_loss(
 # ---------------------------------------------------------------- the center
 
 
-def all_reduce(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(x, operation=dist.ReduceOp.SUM):
     """Sum (or another operation) of x over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(x, operation)
     return x
 
 
-def all_mean(x: Tensor) -> Tensor:
+def all_mean(x):
     """Mean of x over all processes, in place."""
     processes = dist.get_world_size() if dist.is_initialized() else 1
     return all_reduce(x).div_(processes)
 
 
-def update_center(center: Tensor, teacher: Tensor, momentum: float = 0.9) -> Tensor:
+def update_center(center, teacher, momentum=0.9):
     """EMA (D,) of the teacher's logits (2, B, D), of their mean over the global batch."""
     mean = all_mean(teacher.mean((0, 1)))
     return center.lerp(mean, 1 - momentum)
 
 
-def sinkhorn(logits: Tensor, temp: float = 0.04, iterations: int = 3) -> Tensor:
+def sinkhorn(logits, temp=0.04, iterations=3):
     """The center (D,) for which softmax((logits - center) / temp) uses all prototypes about equally
     in this global batch, by Sinkhorn-Knopp (SwAV, Caron et al., NeurIPS 2020); logits (..., D).
     In logarithms, so that nothing overflows; how processes split the batch changes nothing."""
@@ -360,7 +319,7 @@ def sinkhorn(logits: Tensor, temp: float = 0.04, iterations: int = 3) -> Tensor:
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+def update_teacher(teacher, student, momentum):
     """teacher = momentum * teacher + (1 - momentum) * student, over parameters. The statistics of
     its batch norm are its own: it is in training mode."""
     for old, new in zip(teacher.parameters(), student.parameters()):
@@ -370,7 +329,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 # ---------------------------------------------------------------- gauges
 
 
-def teacher_statistics(p: Tensor) -> tuple[float, int]:
+def teacher_statistics(p):
     """Mean entropy (nats) of the teacher's p (2, B, D) over the global batch, and how many
     prototypes are some image's first choice."""
     entropy = torch.special.entr(p).sum(-1)  # (2, B)
@@ -381,26 +340,17 @@ def teacher_statistics(p: Tensor) -> tuple[float, int]:
     return entropy.item(), int(used)
 
 
-def collapse(
-    loss: float,
-    entropy: float,
-    used: int,
-    D: int,
-    identities: int,
-) -> str:
+def collapse(entropy, used, D, identities):
     """What to say where the teacher does not tell the identities of a batch apart, and what to
-    change; "" where it does."""
-    uniform = math.log(D)
-    if entropy > 0.995 * uniform or abs(loss / uniform - 1) < 0.003:
+    change; "" where it does. For entropy and used see `teacher_statistics`."""
+    if entropy > 0.95 * math.log(D):
         return (
-            f"uniform collapse: the teacher's entropy is {entropy:.3f} and the loss {loss:.3f}, of "
-            f"log D = {uniform:.3f}: all prototypes are alike and nothing is learned. Try "
-            "--centering sinkhorn, --head_norm, fewer --prototypes or a higher --lr"
+            "uniform collapse: to the teacher all prototypes are alike, and nothing is learned. "
+            "Try --centering sinkhorn, --head_norm, fewer --prototypes or a higher --lr"
         )
     if used <= min(D, identities) / 2:
-        few = "one prototype" if used == 1 else "few prototypes"
         return (
-            f"collapse to {few}: {used} for the {identities} identities of a batch. Try "
-            "--centering sinkhorn, a lower --center_momentum or a higher --teacher_temp"
+            "collapse to few prototypes: the teacher has fewer than half as many as a batch has "
+            "identities. Try --centering sinkhorn or a higher --teacher_temp"
         )
     return ""

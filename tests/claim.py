@@ -1,13 +1,14 @@
-"""The paper's claim in miniature: single images < single-video tracklets < identities across videos (its figure 1).
+"""The paper's claim in miniature (its figure 1): learning from single images < from single-video
+tracklets < from identities across videos.
 
-    python tests/claim.py              # every run that docs/claim.jsonl does not hold yet, two at a time; goes on where it was stopped
-    python tests/claim.py r10ibn       # of these, the runs whose command has this word
-    python tests/claim.py --list       # the commands
-    python tests/claim.py --tables     # write the tables of README.md and docs/claim.md anew, from docs/claim.jsonl
+    python tests/claim.py            # make every run that docs/claim.jsonl does not hold yet
+    python tests/claim.py r10ibn     # of these, the runs whose command has this word
+    python tests/claim.py --list     # the commands
+    python tests/claim.py --tables   # write the tables of README.md and docs/claim.md anew
 
-A seed draws a world of its own (the people and videos to learn from and the held-out ones) and everything random in training.
-The settings and the walkers' difficulty were chosen on seeds 0 and 11, the constants of denoise.py on 0, 1 and 2; the tables are of seeds 1 to 5, or
-3 to 5. Every run is one command, and every run is in the file.
+A seed draws a world of its own (the people to learn from and those held out) and everything random
+in training. Every run is one command, and every run is a line of the file. What was interrupted
+goes on.
 """
 import argparse
 import json
@@ -15,258 +16,273 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from data import Images, draw_walkers
+from evaluate import evaluate_features, read_benchmark
+
 FILE = ROOT / "docs" / "claim.jsonl"
 PAGES = ROOT / "README.md", ROOT / "docs" / "claim.md"
+
+# who teaches whom: the rows of the main table
+WHO = {
+    "instance": "--identities instance",
+    "tracklet": "--identities tracklet",
+    "cion": "",
+    "true": "--identities true",
+}
 SEEDS = {"r10ibn": (1, 2, 3, 4, 5), "r18ibn": (3, 4, 5), "vit_tiny": (3, 4, 5)}
-SMALL = (3, 4, 5)  # seeds of the smaller tables
-WHO = ("instance", "tracklet", "cion", "true")
-SHARES = {"10%": (10, 5), "30%": (30, 14)}  # of 100 people in 48 videos
+
+# the smaller tables, of r10ibn: their flags, row by row; without any flag, the default
+LEVELS = ("--identities tracklet", "--levels 1", "--levels 2", "")
+LOSS = ("", "--loss release")
+GROWTH = ("--K 2 2", "--K 4 4", "--K 8 8", "")
+ROUNDS = ("--rounds 1", "--rounds 2", "")
+SHARES = (
+    "--data data/walkers-SEED-10 --recipe demo",
+    "--data data/walkers-SEED-30 --recipe demo",
+    "",
+)
+RECIPE = (
+    "",
+    "--no-head_norm",
+    "--ema 0.996 1",
+    "--centering ema",
+    "--teacher_temp 0.07",
+    "--student_temp 0.2",
+    "--prototypes 1024",
+    "--prototypes 64",
+    "--lr 3e-3",
+    "--lr 1.2e-2",
+    "--local_crops 0",
+    "--local_scale 0.3 0.8",
+    "--warmup 0",
+    "--identities instance",
+    "--identities instance --jitter 0.4 0.4 0.2 0.1 --grey 0.2",
+)
+SMALL = {
+    "levels": (LEVELS, (3, 4, 5)),
+    "loss": (LOSS, (3, 4, 5)),
+    "growth": (GROWTH, (3, 4, 5)),
+    "rounds": (ROUNDS, (3, 4, 5)),
+    "shares": (SHARES, (3, 4, 5)),
+    "recipe": (RECIPE, (11,)),  # the seed on which it was chosen
+}
+# people and videos of a world, by the percentage in its folder's name
+WORLDS = {"10": (10, 5), "30": (30, 14), "100": (100, 48)}
 
 
-def command(arch: str, seed, flags: str = "") -> str:
+def command(arch, seed, flags):
     """The command of one run."""
-    return f"torchrun train.py --arch {arch} --seed {seed} {flags}".strip()
+    line = f"torchrun train.py --arch {arch} --seed {seed} {flags}"
+    return line.strip().replace("SEED", str(seed))
 
 
-def claim(who: str) -> str:
-    """The flags of a row of the claim's table. Lines that don't name a loss were made before equation 9 and today's denoising."""
-    return "" if who == "cion" else f"--identities {who}"
-
-
-def run_name(flags: str) -> str:
-    """Flags as a name."""
-    return re.sub(r"[^\w.]+", "-", flags).strip("-")
-
-
-def fewer(share: str, seed) -> str:
-    """The flags of a run on a smaller world, which `run` draws."""
-    return f"--data data/walkers-{seed}-{share.rstrip('%')} --recipe demo"
-
-
-LEVELS = {"raw tracklets": "--identities tracklet", "level 1, single tracklet": "--levels 1", "level 2, single video": "--levels 2",
-          "level 3, across videos": ""}
-LOSS = {"eq. 9 (default)": "--loss paper", "the release's weighting": "--loss release"}
-GROWTH = {"2": "--K 2 2", "4": "--K 4 4", "8": "--K 8 8", "2, then 4 (default)": ""}
-ROUNDS = {"1": "--rounds 1", "2": "--rounds 2", "3 (default)": ""}
-TUNED = 11  # the seed on which the recipe was chosen
-RECIPE = {"the demo's": "", "no batch norm in the head": "--no-head_norm", "EMA 0.996 to 1, not 0.95": "--ema 0.996 1",
-          "running center, not Sinkhorn": "--centering ema", "teacher's temperature 0.07, not 0.04": "--teacher_temp 0.07 0.07",
-          "student's temperature 0.2, not 0.1": "--student_temp 0.2", "D 1,024, not 256": "--prototypes 1024", "D 64": "--prototypes 64",
-          "lr 3e-3, not 6e-3": "--lr 3e-3", "lr 1.2e-2": "--lr 1.2e-2", "no local crops, not 2": "--local_crops 0",
-          "local crops from 0.3 of the area on, not 0.05": "--local_scale 0.3 0.8", "no warm-up, not 10% of the steps": "--warmup 0",
-          "`instance`": claim("instance"), "`instance`, colours changed as in the paper": claim("instance") + " --jitter 0.4 0.4 0.2 0.1 --grey 0.2"}
-
-
-def commands() -> list[str]:
-    """Every run, those of the main table first."""
-    runs = [command(arch, seed, claim(who)) for arch, seeds in SEEDS.items() for seed in seeds for who in WHO]
-    runs += [command("r10ibn", seed, flags) for flags in LOSS.values() for seed in SEEDS["r10ibn"]]
-    for flags in (*LEVELS.values(), *GROWTH.values(), *ROUNDS.values()):
-        runs += [command("r10ibn", seed, flags) for seed in SMALL]
-    runs += [command("r10ibn", seed, fewer(share, seed)) for share in SHARES for seed in SMALL]
-    runs += [command("r10ibn", TUNED, flags) for flags in RECIPE.values()]
+def commands():
+    """Every run once, those of the main table first."""
+    runs = []
+    for arch, seeds in SEEDS.items():
+        runs += [command(arch, seed, flags) for seed in seeds for flags in WHO.values()]
+    for rows, seeds in SMALL.values():
+        runs += [command("r10ibn", seed, flags) for seed in seeds for flags in rows]
     return list(dict.fromkeys(runs))
 
 
-def histogram(root: Path) -> dict:
-    """The held-out split ranked by colour: square roots of the RGB histograms (8 bins a channel) of six stripes."""
-    import torch
+# ---------------------------------------------------------------- runs
 
-    from data import Images, read_labels, read_tracklets
-    from evaluate import evaluate_features, label_tracklets
 
-    test = read_tracklets(root / "test")
-    images = Images(test, (64, 32))
-    pixels, features = np.stack([images[i][0].numpy() for i in range(len(test))]), []  # (N, 3, 64, 32)
-    for stripe in np.array_split(pixels // 32, 6, axis=2):
-        features += [np.sqrt((stripe == level).mean((2, 3))) for level in range(8)]  # (N, 3) each
-    features = torch.from_numpy(np.concatenate(features, 1)).float()
-    result = evaluate_features(features / features.norm(dim=1, keepdim=True), label_tracklets(test, read_labels(root / "test.json", test)))
+def world_of(line):
+    """The folder of a run's data."""
+    folder = re.search(r"data/\S+", line)
+    seed = re.search(r"--seed (\d+)", line)[1]
+    return folder[0] if folder else f"data/walkers-{seed}"
+
+
+def draw(folder):
+    """Draw a world, data/walkers-SEED or data/walkers-SEED-PERCENT, and rank its held-out people by
+    colour: mAP and R1 of the square roots of RGB histograms, 8 bins a channel, of six stripes."""
+    _, seed, percent, *_ = f"{folder}-100".split("-")
+    if not (ROOT / folder).exists():
+        draw_walkers(ROOT / folder, int(seed), *WORLDS[percent])
+    benchmark = read_benchmark(ROOT / folder)
+    images = Images(benchmark.images, (64, 32))
+    bins = np.stack([images[i][0] for i in range(len(images))]) // 32  # (N, 3, 64, 32)
+    features = []
+    for stripe in np.array_split(bins, 6, axis=2):
+        for level in range(8):
+            features.append(np.sqrt((stripe == level).mean((2, 3))))
+    result = evaluate_features(np.concatenate(features, axis=1), benchmark)
     return {"mAP": result["mAP"], "R1": result["R1"]}
 
 
-def run(line: str) -> None:
-    """Make one run, or go on with it, and append its figures to the file."""
-    seed, data = int(re.search(r"--seed (\d+)", line)[1]), re.search(r"--data (\S+)", line)
-    if data and not (ROOT / data[1]).exists():
-        from data import draw_walkers
-
-        people, videos = SHARES[data[1].rsplit("-", 1)[1] + "%"]
-        draw_walkers(ROOT / data[1], seed, people, videos)
-    name = run_name(line.removeprefix("torchrun train.py --arch "))
-    logs, arguments = ROOT / "runs" / "claim", line.split()[2:]
-    logs.mkdir(parents=True, exist_ok=True)
-    with open(logs / f"{name}.log", "a") as log:
-        subprocess.run([sys.executable, "train.py", *arguments, "--name", f"claim-{name}", "--workers", "0"], cwd=ROOT, check=True,
-                       stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    events = [json.loads(event) for event in open(ROOT / "runs" / f"claim-{name}" / "log.jsonl")]
-    found = [event for event in events if event["event"] == "denoise"]
-    scores = {event["stage"]: {"mAP": event["mAP"], "R1": event["R1"]} for event in events if event["event"] == "evaluate"}
-    result = {"command": line, **scores, "histogram": histogram(ROOT / (data[1] if data else f"data/walkers-{seed}"))}
-    result |= {"f1_tracklets": found[-1]["f1_tracklets"], "f1": [event["f1"] for event in found], "identities": found[-1]["identities"]} if found else {}
+def run(line, histogram, flags):
+    """Make a run, or go on with it, and append its figures to the file; False if it failed. flags:
+    more flags of train.py, for this machine."""
+    name = "claim-" + re.sub(r"[^\w.]+", "-", line.split("--arch ")[1])
+    arguments = [*line.split()[1:], "--name", name, "--workers", "0", *flags]
+    with open(ROOT / "runs" / f"{name}.log", "a") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
+        )
+    if done.returncode:
+        print(f"FAILED, see runs/{name}.log: {line}", flush=True)
+        return False
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    result = {"command": line, "device": device, "torch": torch.__version__}
+    result |= {"flags": " ".join(flags), "histogram": histogram, "stages": {}}
+    for event in map(json.loads, open(ROOT / "runs" / name / "log.jsonl")):
+        if event["event"] == "evaluate":
+            result["stages"][event["stage"]] = {"mAP": event["mAP"], "R1": event["R1"]}
+        if event["event"] == "denoise":
+            result |= {key: event[key] for key in ("identities", "f1_tracklets", "f1")}
     with open(FILE, "a") as file:
         file.write(json.dumps(result) + "\n")
-    print(f"{line}: " + ", ".join(f"{stage} {score['mAP']:.1%}" for stage, score in scores.items()), flush=True)
-
-
-def attempt(line: str) -> str:
-    """Make a run; its command if it failed, so that the others go on."""
-    try:
-        run(line)
-    except (subprocess.CalledProcessError, OSError, ValueError) as error:
-        print(f"FAILED: {line}: {error}; its log is in runs/claim/", flush=True)
-        return line
-    return ""
+    print(f"{last(result)['mAP']:.1%}  {line}", flush=True)
+    return True
 
 
 # ---------------------------------------------------------------- tables
 
 
-def results() -> dict[str, dict]:
+def results():
     """What the file holds, by command."""
-    return {line["command"]: line for line in map(json.loads, FILE.read_text().splitlines())} if FILE.exists() else {}
+    lines = map(json.loads, FILE.read_text().splitlines())
+    return {line["command"]: line for line in lines}
 
 
-def last(line: dict) -> dict:
-    """The figures of a run's end."""
-    return next(line[who] for who in reversed(WHO) if who in line)  # cion's runs hold their encoder on tracklets too
+def last(result):
+    """mAP and R1 at a run's end."""
+    return list(result["stages"].values())[-1]
 
 
-def spread(values) -> str:
+def row_of(known, arch, seeds, flags):
+    """A row's runs that are there, by seed."""
+    lines = {seed: command(arch, seed, flags) for seed in seeds}
+    return {seed: known[line] for seed, line in lines.items() if line in known}
+
+
+def spread(values):
     """Mean and standard deviation, in percent."""
-    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{100 * values[0]:.1f}"
-
-
-def table(head: list[str], rows: list[list]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
-
-
-def of_seeds(known: dict, arch: str, seeds, flags) -> list[dict]:
-    """The runs of a row that are there, one a seed; flags may be a function of the seed."""
-    lines = [command(arch, seed, flags(seed) if callable(flags) else flags) for seed in seeds]
-    return [known[line] for line in lines if line in known]
-
-
-def claim_table(known: dict) -> str:
-    """Who taught whom: mAP and R1 on held-out people, mean and standard deviation over seeds."""
-    rows = []
-    for arch, seeds in SEEDS.items():
-        any_run = of_seeds(known, arch, seeds, claim("cion"))
-        rows_of = {name: [run[key] for run in any_run] for name, key in (("random weights", "random"), ("colour histograms", "histogram"))}
-        rows_of |= {f"`{who}`": [last(run) for run in of_seeds(known, arch, seeds, claim(who))] for who in WHO}
-        for name, scores in rows_of.items():
-            if scores:
-                rows.append([f"`{arch}`", name, spread([s["mAP"] for s in scores]), spread([s["R1"] for s in scores]), len(scores)])
-    return table(["network", "who teaches whom", "mAP", "R1", "seeds"], rows)
-
-
-def scores_of(known: dict, arch: str, rows) -> np.ndarray:
-    """mAP of these rows (instance, tracklet, ...) on the seeds that all of them have: (rows, seeds)."""
-    runs = [[run for who in rows for run in of_seeds(known, arch, [seed], claim(who))] for seed in SEEDS[arch]]
-    return np.array([[last(run)["mAP"] for run in of_seed] for of_seed in runs if len(of_seed) == len(rows)]).reshape(-1, len(rows)).T
-
-
-def gap_table(known: dict) -> str:
-    """The steps between the rows, each over the seeds that both have."""
-    rows = []
-    for arch in SEEDS:
-        for step in zip(WHO, WHO[1:]):
-            low, high = scores_of(known, arch, step)
-            if (n := len(low)) > 1:
-                mean, error = 100 * (high - low).mean(), 100 * (high - low).std(ddof=1) / np.sqrt(n)
-                reach = stats.t.ppf(0.975, n - 1) * error
-                rows.append([f"`{arch}`", "`{}` to `{}`".format(*step), f"{mean:+.1f}", f"{error:.1f}", f"{mean - reach:+.1f} to {mean + reach:+.1f}", n])
-    return table(["network", "step", "mAP", "standard error", "95% interval", "seeds"], rows)
-
-
-def closed_table(known: dict) -> str:
-    """The share of the step from tracklets to the truth that denoised identities make."""
-    rows = []
-    for arch in SEEDS:
-        tracklet, cion, true = scores_of(known, arch, WHO[1:])
-        if len(cion):
-            closed = (cion - tracklet) / (true - tracklet)
-            rows.append([f"`{arch}`", f"{(cion - tracklet).mean() / (true - tracklet).mean():.0%}", f"{closed.min():.0%} to {closed.max():.0%}", len(cion)])
-    return table(["network", "share closed, of means", "of single seeds", "seeds"], rows)
-
-
-def small_table(known: dict, what: str, choices: dict, seeds=SMALL) -> str:
-    """One choice after the other, `r10ibn`, on the same seeds: pairwise F1 of the labels that training ended with, and mAP."""
-    complete = [seed for seed in seeds if all(of_seeds(known, "r10ibn", [seed], flags) for flags in choices.values())]
-    rows, seeds = [], complete or seeds  # rows of other seeds are not to be compared
-    for name, flags in choices.items():
-        runs = of_seeds(known, "r10ibn", seeds, flags)
-        if runs:
-            f1 = [run["f1"][-1] for run in runs if "f1" in run]
-            if flags == "--identities tracklet":  # measured where the same world was denoised
-                f1 = [run["f1_tracklets"] for run in of_seeds(known, "r10ibn", seeds, "")]
-            rows.append([name, f"{np.mean(f1):.3f}" if f1 else "", *(spread([last(run)[key] for run in runs]) for key in ("mAP", "R1")), len(runs)])
-    return table([what, "F1 of the labels", "mAP", "R1", "seeds"], rows)
-
-
-def row_commands() -> str:
-    """The command of every row; a row's runs differ in the seed."""
-    rows = [(arch, SEEDS[arch], claim(who)) for arch in SEEDS for who in WHO]
-    rows += [("r10ibn", SEEDS["r10ibn"], flags) for flags in LOSS.values()]
-    rows += [("r10ibn", SMALL, flags) for flags in (*LEVELS.values(), *GROWTH.values(), *ROUNDS.values())]
-    kept = {}
-    for arch, seeds, flags in rows:
-        kept.setdefault((arch, flags), " ".join(map(str, seeds)))  # a row of two tables is of the first one's seeds
-    named = lambda flags, seed: flags if re.fullmatch(r"(--identities \w+)?", flags) else f"{flags} --name {run_name(flags)}-{seed}"  # else the default's
-    lines = [f"    for seed in {seeds}; do {command(arch, '$seed', named(flags, '$seed'))}; done" for (arch, flags), seeds in kept.items()]
-    lines += [f"    {command('r10ibn', TUNED, named(flags, TUNED))}" for flags in RECIPE.values()]
-    for share, (people, videos) in SHARES.items():
-        draw = f"python -c \"from data import draw_walkers; draw_walkers('data/walkers-$seed-{share.rstrip('%')}', $seed, {people}, {videos})\""
-        lines.append(f"    for seed in {' '.join(map(str, SMALL))}; do {draw}; {command('r10ibn', '$seed', fewer(share, '$seed'))}; done")
-    return "\n".join(lines)
-
-
-def blocks(known: dict) -> dict[str, str]:
-    """Every table by its name."""
-    shares = {share: (lambda seed, share=share: fewer(share, seed)) for share in SHARES} | {"100%": ""}
-    return {"claim": claim_table(known), "gaps": gap_table(known), "closed": closed_table(known), "levels": small_table(known, "identities of stage 2", LEVELS),
-            "growth": small_table(known, "K, phase by phase", GROWTH), "shares": small_table(known, "people and videos", shares),
-            "rounds": small_table(known, "rounds of denoising", ROUNDS), "loss": small_table(known, "loss", LOSS, SEEDS["r10ibn"]), "recipe": small_table(known, "recipe", RECIPE, [TUNED]),
-            "commands": row_commands()}
-
-
-def fill(text: str, known: dict) -> str:
-    """A page with its tables printed anew, each between <!-- its name --> and <!-- end -->."""
-    for name, block in blocks(known).items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda match: f"{match[1]}\n{block}\n\n{match[2]}", text, flags=re.DOTALL)
+    if not values:
+        return ""
+    text = f"{100 * np.mean(values):.1f}"
+    if len(values) > 1:
+        text += f" ± {100 * np.std(values, ddof=1):.1f}"
     return text
 
 
-def main() -> str | None:
-    """Make the runs that are not there yet, or print the tables."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("words", nargs="*", help="only runs whose command has one of these words")
-    parser.add_argument("--list", action="store_true", help="print the commands")
-    parser.add_argument("--tables", action="store_true", help="write the tables of README.md and docs/claim.md anew")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
+def difference(scores, others):
+    """mAP of a row above another's, seed by seed: mean and standard error, in points."""
+    both = scores.keys() & others.keys()
+    values = [scores[seed]["mAP"] - others[seed]["mAP"] for seed in both]
+    if not values:
+        return ""
+    text = f"{100 * np.mean(values):+.1f}"
+    if len(values) > 1:
+        text += f" ± {100 * np.std(values, ddof=1) / np.sqrt(len(values)):.1f}"
+    return text
+
+
+def figures(scores):
+    """mAP and R1 of a row's {seed: scores}."""
+    return [spread([score[key] for score in scores.values()]) for key in ("mAP", "R1")]
+
+
+def table(head, rows):
+    """A table in Markdown."""
+    rows = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def claim_table(known, archs):
+    """Who taught whom."""
+    rows = []
+    for arch in archs:
+        runs = row_of(known, arch, SEEDS[arch], "")
+        scores = {
+            "random weights": {seed: run["stages"]["random"] for seed, run in runs.items()},
+            "colour histograms": {seed: run["histogram"] for seed, run in runs.items()},
+        }
+        for who, flags in WHO.items():
+            runs = row_of(known, arch, SEEDS[arch], flags)
+            scores[f"`{who}`"] = {seed: last(run) for seed, run in runs.items()}
+        above = {}
+        for name, row in scores.items():
+            rows.append([f"`{arch}`", name, *figures(row), difference(row, above), len(row)])
+            above = row
+    return table(["network", "who teaches whom", "mAP", "R1", "over the row above", "seeds"], rows)
+
+
+def small_table(known, flags_of_rows, seeds):
+    """One choice after the other, of r10ibn."""
+    default = {seed: last(run) for seed, run in row_of(known, "r10ibn", seeds, "").items()}
+    rows = []
+    for flags in flags_of_rows:
+        runs = row_of(known, "r10ibn", seeds, flags)
+        scores = {seed: last(run) for seed, run in runs.items()}
+        f1 = []
+        for key in ("f1_tracklets", "f1"):
+            values = [run[key] for run in runs.values() if key in run]
+            f1.append(f"{np.mean(values):.3f}" if values else "")
+        name = f"`{flags}`" if flags else "the default"
+        over = difference(scores, default) if flags else ""
+        rows.append([name, *f1, *figures(scores), over, len(runs)])
+    head = ["flags", "F1 of raw tracklets", "of the labels", "mAP", "R1", "over the default"]
+    return table([*head, "seeds"], rows)
+
+
+def fill(text, known):
+    """A page with its tables printed anew, each between <!-- its name --> and <!-- end -->."""
+    machines = {"{device}, torch {torch} {flags}".format(**run) for run in known.values()}
+    blocks = {"claim": claim_table(known, SEEDS), "claim r10ibn": claim_table(known, ["r10ibn"])}
+    blocks["machines"] = "\n".join(sorted(machines))
+    for name, (rows, seeds) in SMALL.items():
+        blocks[name] = small_table(known, rows, seeds)
+    for name, block in blocks.items():
+        between = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(between, rf"\1\n{block}\n\n\2", text, flags=re.DOTALL)
+    return text
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("word", nargs="?", default="", help="only runs whose command has it")
+    add("--list", action="store_true", help="print the commands")
+    add("--tables", action="store_true", help="write the tables of README.md and docs/claim.md")
+    add("--jobs", type=int, default=2, help="runs at a time, a thread each")
+    add("--flags", default="", help='for this machine: --flags="--precision float32 --workers 2"')
     args = parser.parse_args()
-    wanted = [line for line in commands() if not args.words or any(word in line for word in args.words)]
-    if args.list:
-        print("\n".join(wanted))
-        return None
     if args.tables:
         for page in PAGES:
             page.write_text(fill(page.read_text(), results()))
-        return None
-    known = results()
+        return
+    wanted = [line for line in commands() if args.word in line]
+    if args.list:
+        print("\n".join(wanted))
+        return
+    missing = [line for line in wanted if line not in results()]
+    (ROOT / "runs").mkdir(exist_ok=True)
+    # runs of one world would draw it at the same time
+    worlds = sorted({world_of(line) for line in missing})
+    with ProcessPoolExecutor(args.jobs) as pool:
+        histograms = dict(zip(worlds, pool.map(draw, worlds)))
     with ThreadPoolExecutor(args.jobs) as pool:
-        failed = [line for line in pool.map(attempt, [line for line in wanted if line not in known]) if line]
-    return f"{len(failed)} runs failed" if failed else None
+        colours = [histograms[world_of(line)] for line in missing]
+        flags = [args.flags.split()] * len(missing)
+        made = list(pool.map(run, missing, colours, flags))
+    if not all(made):
+        sys.exit(f"{made.count(False)} runs failed")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
