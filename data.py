@@ -270,10 +270,9 @@ def end_workers():
 
 def framed(image, colour):
     """A picture (3, H, W) in [0, 1] with a frame, three pixels wide, inside its edge."""
-    channels = []
-    for channel, value in zip(image, colour):
-        channels.append(F.pad(channel[3:-3, 3:-3], (3, 3, 3, 3), value=value))
-    return torch.stack(channels)
+    picture = torch.tensor(colour)[:, None, None].repeat(1, *image.shape[1:])
+    picture[:, 3:-3, 3:-3] = image[:, 3:-3, 3:-3]
+    return picture
 
 
 # ---------------------------------------------------------------- sampling
@@ -758,34 +757,25 @@ def draw_person(image, x, y, scale, box, look):
 def main():
     """Cut the boxes of a tracker out of videos, into a folder of tracklets."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("command", choices=["crop"])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--video", help="a video file (needs the package av) or a folder of frames")
-    source.add_argument("--split", help="a MOTChallenge split, <split>/<sequence>/img1/")
-    parser.add_argument("--tracks", help="MOTChallenge file, or for --split a folder of them")
-    parser.add_argument("--out", required=True, help="folder for <video>/<track>_<frame>_<det>.jpg")
-    parser.add_argument("--every", type=int, default=1, help="take every n-th frame")
-    parser.add_argument(
-        "--confidence", type=float, default=-np.inf, help="drop boxes of a lower one"
-    )
-    parser.add_argument(
-        "--min_size",
-        type=int,
-        nargs=2,
-        default=(1, 1),
-        metavar=("H", "W"),
-        help="drop smaller boxes, in pixels",
-    )
+    add = parser.add_argument
+    add("command", choices=["crop"])
+    add("--video", help="a video file (needs the package av) or a folder of frames")
+    add("--split", help="instead a MOTChallenge split, <split>/<sequence>/img1/")
+    add("--tracks", help="MOTChallenge file, or for --split a folder of them")
+    add("--out", required=True, help="folder for <video>/<track>_<frame>_<det>.jpg")
+    add("--every", type=int, default=1, help="take every n-th frame")
+    add("--confidence", type=float, default=-np.inf, help="drop boxes of a lower one")
+    add("--min_size", type=int, nargs=2, default=(1, 1), help="height, width: drop smaller boxes")
     args = parser.parse_args()
     if min(args.every, *args.min_size) < 1:
         parser.error("--every and --min_size: expected numbers from 1")
     options = args.every, args.confidence, args.min_size
-    if args.split:
+    if args.split and not args.video:
         crop_split(args.split, args.tracks, args.out, *options)
-    elif args.tracks:
+    elif args.video and args.tracks and not args.split:
         crop(args.video, args.tracks, args.out, *options)
     else:
-        parser.error("--video needs --tracks")
+        parser.error("expected --video with --tracks, or --split")
 
 
 if __name__ == "__main__":

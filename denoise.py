@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from torchvision.utils import save_image
 
 from data import Images, find_splits, read_labels, read_tracklets, write_labels
-from evaluate import extract
+from evaluate import extract, join_processes
 from model import load_backbone
 
 TIE = 1e-6  # distances that differ by less are equal, for the rounding of float32
@@ -258,6 +258,7 @@ def in_sequence(labels, place):
 # ---------------------------------------------------------------- all of it
 
 PAPER = (0.2, 0.18)  # sigma_cst and sigma_drm
+OPTIONS = ("sigma_cst", "sigma_drm", "r_s", "paper", "levels", "without")  # flags of the same names
 ADDITIONS = ("center", "whiten", "cut", "cannot_link", "closest_first")  # ours, two in the space
 
 
@@ -612,7 +613,6 @@ def denoise_tracklets(
     features,
     scratch,
     truth=None,
-    say=print,
     sigma_cst=None,
     sigma_drm=None,
     r_s=1000,
@@ -620,7 +620,7 @@ def denoise_tracklets(
     levels=3,
     without=(),
 ):
-    """`denoise` an index of tracklets in the space of its features (N, d), and say a line a level.
+    """`denoise` an index of tracklets in the space of its features (N, d), and print a line a level.
 
     scratch: a file for the placed features, which nobody sees. truth (N,) is only measured against.
     Returns labels (N,) and figures for log.jsonl."""
@@ -633,8 +633,8 @@ def denoise_tracklets(
         os.unlink(scratch)
         features = place(features, *index, space, placed)
     sigmas = thresholds(features, index, sigma_cst, sigma_drm, r_s, paper)
-    say(f"sigma_cst {sigmas[0]:.3f}, sigma_drm {sigmas[1]:.3f}, r_s {r_s:,}")
-    say(HEADER)
+    print(f"sigma_cst {sigmas[0]:.3f}, sigma_drm {sigmas[1]:.3f}, r_s {r_s:,}")
+    print(HEADER)
     table = []
     for level, labels in level_by_level(features, index, sigmas, r_s, paper, levels, without):
         found = {"level": level, "identities": int(labels.max()) + 1}
@@ -645,7 +645,7 @@ def denoise_tracklets(
             found |= pairwise_scores(labels, truth)
             line += SCORES
         table.append(found)
-        say(line.format(**found))
+        print(line.format(**found), flush=True)
     figures = found | {"sigma_cst": sigmas[0], "sigma_drm": sigmas[1], "levels": table}
     figures |= {"noise_before": table[0]["noise"], "noise_after": found["noise"]}
     if truth is not None:
@@ -688,26 +688,18 @@ def parse_flags():
     return parser.parse_args()
 
 
-def extract_features(args, tracklets, file):
-    """Features (N, d) of all images by the encoder that the flags name, float16, in a file that
-    appears when it is whole. torchrun's processes share the work; None on all but the first."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backbone, size = load_backbone(args.weights, args.arch, args.size)
+def extract_features(backbone, tracklets, size, device, workers, file):
+    """Features (N, d) of all images, float16, memory-mapped from a file that appears when it is
+    whole: those of ten million images are 40 GB. Processes share the work; None on all but the
+    first."""
     hidden = file.with_name("." + file.name)
     features = None
-    first = os.environ.get("RANK", "0") == "0"
-    if first:
-        shape = (len(tracklets), backbone.embed_dim)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        shape = len(tracklets), backbone.embed_dim
         features = np.lib.format.open_memmap(hidden, "w+", np.float16, shape)
-    extract(backbone.to(device), tracklets, size, device, args.workers, out=features)
-    if first:
+    extract(backbone, tracklets, size, device, workers, out=features)
+    if features is not None:
         os.replace(hidden, file)
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return features
 
 
@@ -731,7 +723,12 @@ def main():
             expected = f"a row for each of {len(tracklets):,} images, as --index prints them"
             raise ValueError(f"{args.features}: has {len(features):,} rows; expected {expected}")
     else:
-        features = extract_features(args, tracklets, out.with_suffix(".features.npy"))
+        device = join_processes()
+        backbone, size = load_backbone(args.weights, args.arch, args.size)
+        backbone.to(device)
+        file = out.with_suffix(".features.npy")
+        features = extract_features(backbone, tracklets, size, device, args.workers, file)
+        dist.destroy_process_group()
     if features is None:
         return
     truth = None
@@ -739,18 +736,9 @@ def main():
     if test_folder and labelled.exists():
         truth = read_labels(labelled, tracklets)
     print(f"{train_folder}: {tracklets}", flush=True)
-    labels, figures = denoise_tracklets(
-        tracklets,
-        features,
-        out.with_suffix(".scratch"),
-        truth,
-        sigma_cst=args.sigma_cst,
-        sigma_drm=args.sigma_drm,
-        r_s=args.r_s,
-        paper=args.paper,
-        levels=args.levels,
-        without=args.without,
-    )
+    options = {name: getattr(args, name) for name in OPTIONS}
+    scratch = out.with_suffix(".scratch")
+    labels, figures = denoise_tracklets(tracklets, features, scratch, truth, **options)
     write_labels(out, tracklets, labels)
     out.with_suffix(".summary.json").write_text(json.dumps(figures, indent=1))
     show_identities(out.with_suffix(".jpg"), tracklets, labels)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from scipy.io import loadmat
 from scipy.sparse import csr_array
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torchvision.utils import save_image
 
 from data import Images, Tracklets, framed, load_batches, read_labels, read_tracklets
@@ -26,6 +27,24 @@ from model import load_backbone, normalize
 
 
 # ---------------------------------------------------------------- features
+def join_processes():
+    """Join the processes that torchrun started, or be the only one; this one's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    store, rank, world_size = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:
+        store, rank, world_size = next(rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        # where torchrun restarts processes, the store still has the addresses of those that died
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return device
+
+
 @torch.no_grad()
 def extract(backbone, tracklets, size, device, workers=0, batch=256, out=None):
     """Features of all images, resized to `size` (height, width), of unit length: (N, embed_dim),
@@ -415,17 +434,11 @@ def main():
     add("--rerank", action="store_true", help="also after re-ranking")
     add("--show", type=int, metavar="N", help="draw the N worst queries beside the weights")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-
+    device = join_processes()
     benchmark = read_benchmark(args.data, args.labels)
     backbone, size = load_backbone(args.weights, args.arch, args.size)
     features = extract(backbone.to(device), benchmark.images, size, device, args.workers)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
     if features is None:
         return
 

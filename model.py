@@ -429,7 +429,9 @@ def main():
     parser.add_argument("--names", choices=("authors", "plain"), default="authors")
     args = parser.parse_args()
     if args.arch[:1] == ["export"]:
-        export(args.arch[-1], args.out, args.names)
+        if len(args.arch) != 2:
+            parser.error("export takes one checkpoint")
+        export(args.arch[1], args.out, args.names)
         return
     for arch in args.arch or ARCHITECTURES:
         with torch.device("meta"):

@@ -26,12 +26,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 
 import data
-from denoise import ADDITIONS, denoise_tracklets, show_identities
+from denoise import ADDITIONS, OPTIONS, denoise_tracklets, extract_features, show_identities
 from distill import (
     Network,
     Views,
@@ -44,7 +43,7 @@ from distill import (
     update_center,
     update_teacher,
 )
-from evaluate import evaluate_features, extract, label_tracklets, show_retrieval
+from evaluate import evaluate_features, extract, join_processes, label_tracklets, show_retrieval
 from model import (
     Head,
     build,
@@ -175,7 +174,7 @@ ANY_NUMBER = {"K", "epochs", "without"}  # of values
 CHANGE_NOTHING = {"name", "workers", "log_every", "save_every"}  # in a run's result
 
 
-def parse_settings(argv=None) -> Settings:
+def parse_settings(argv=None):
     """Settings from the recipe and the flags that override it. Raises ValueError where they cannot
     work."""
     parser = argparse.ArgumentParser(
@@ -212,7 +211,7 @@ def parse_settings(argv=None) -> Settings:
     return s
 
 
-def check_settings(s: Settings) -> None:
+def check_settings(s):
     """Raises ValueError for settings that cannot work, before anything is read or drawn."""
     for f in fields(Settings):
         low = f.metadata["low"]
@@ -237,7 +236,7 @@ def check_settings(s: Settings) -> None:
         raise ValueError(f"--identities {s.identities} goes without --labels and --weights")
 
 
-def data_folder(s: Settings) -> Path:
+def data_folder(s):
     """Where the tracklets are; another seed draws other walkers."""
     walkers = f"data/walkers-{s.seed}" if s.seed else "data/walkers"
     return Path(s.data or walkers)
@@ -246,12 +245,12 @@ def data_folder(s: Settings) -> Path:
 # ---------------------------------------------------------------- schedules
 
 
-def cosine(step: int, total: int, start: float, end: float) -> float:
+def cosine(step, total, start, end):
     """From `start` at step 0 to `end` at step `total`."""
     return end + (start - end) * (1 + math.cos(math.pi * step / max(total, 1))) / 2
 
 
-def schedule(s: Settings, step: int, total: int) -> dict[str, float]:
+def schedule(s, step, total):
     """What changes from step to step, at a step of the whole run, 0 to total - 1."""
     warmup = max(1, round(s.warmup * total))
     peak = s.lr * s.batch / 256
@@ -263,7 +262,7 @@ def schedule(s: Settings, step: int, total: int) -> dict[str, float]:
     return {"lr": lr, "weight_decay": weight_decay, "ema": cosine(step, total, *s.ema)}
 
 
-def plan_epochs(s: Settings) -> tuple[list[int], list[int]]:
+def plan_epochs(s):
     """K of every epoch, and the epochs before which identities are found."""
     first = 0 if s.weights or s.labels else s.tracklet_epochs
     Ks = [s.K[0]] * first
@@ -278,26 +277,6 @@ def plan_epochs(s: Settings) -> tuple[list[int], list[int]]:
 # ---------------------------------------------------------------- processes
 
 
-def join_processes() -> torch.device:
-    """Join the processes that torchrun started, or be the only one; this one's device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    store, rank, world_size = dist.HashStore(), 0, 1
-    if "RANK" in os.environ:
-        store, rank, world_size = next(rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
-        # where torchrun restarts processes, the store still has the addresses of those that died
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-        store = dist.PrefixStore(f"attempt {attempt}", store)
-    backend = "nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    waiting_group.cache_clear()  # that of an earlier run in this process
-    return device
-
-
 @functools.cache
 def waiting_group():
     """The processes once more, to wait for each other on the CPU: for hours, where the first one
@@ -305,7 +284,7 @@ def waiting_group():
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
-def say(what: str, text: str) -> None:
+def say(what, text):
     """One line on the first process's terminal."""
     if dist.get_rank() == 0:
         print(f"{what:<9}{text}", flush=True)
@@ -314,7 +293,7 @@ def say(what: str, text: str) -> None:
 say_once = functools.cache(say)
 
 
-def log(s: Settings, event: str, **values) -> None:
+def log(s, event, **values):
     """One line in log.jsonl."""
     if dist.get_rank() == 0:
         with open(s.folder / "log.jsonl", "a") as file:
@@ -324,18 +303,18 @@ def log(s: Settings, event: str, **values) -> None:
 signals = []  # that came while steps are made
 
 
-def note_signal(number: int, frame) -> None:
+def note_signal(number, frame):
     """What Ctrl-C and SIGTERM do while steps are made: the run ends after the step."""
     signals.append(number)
 
 
-def leave(number: int, frame=None) -> None:
+def leave(number, frame=None):
     """What they do at other times. The exit status is that of a process that a signal ended."""
     say("stopped", "the same command goes on from the last checkpoint")
     sys.exit(128 + number)
 
 
-def on_signals(handler) -> None:
+def on_signals(handler):
     """From now on, Ctrl-C and SIGTERM call the handler."""
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
@@ -359,7 +338,7 @@ class State:
     results: dict = field(default_factory=dict)  # retrieval, by stage
 
 
-def make_networks(s: Settings, device: torch.device) -> tuple[Network, Network]:
+def make_networks(s, device):
     """Student and teacher, from the seed the same on every process. Raises ValueError for an
     architecture that is unknown or cannot take the views, and for weights that are not its own."""
     torch.manual_seed(s.seed)
@@ -380,7 +359,7 @@ def make_networks(s: Settings, device: torch.device) -> tuple[Network, Network]:
     return student, teacher
 
 
-def make_optimizer(student: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(student):
     """AdamW. Matrices and kernels decay, biases and norms do not."""
     decaying = [p for p in student.parameters() if p.ndim > 1]
     others = [p for p in student.parameters() if p.ndim == 1]
@@ -388,7 +367,7 @@ def make_optimizer(student: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
-def save(state: State, s: Settings) -> None:
+def save(state, s):
     """Write last.pt beside the old one and to the disk before it takes its place, so that a crash
     at any moment destroys nothing. Raises FloatingPointError, and leaves the old one, where a
     parameter is not finite."""
@@ -411,7 +390,7 @@ def save(state: State, s: Settings) -> None:
         os.replace(beside, s.folder / "last.pt")
 
 
-def resume(state: State, s: Settings) -> None:
+def resume(state, s):
     """Go on from last.pt, if it is there. Raises ValueError where it was made with other settings
     or images, is damaged, or is not there for every process."""
     file = s.folder / "last.pt"
@@ -440,7 +419,7 @@ def resume(state: State, s: Settings) -> None:
         raise ValueError(f"{s.folder}: expected a file system that all processes share")
 
 
-def save_where_due(state: State, s: Settings, end: int) -> None:
+def save_where_due(state, s, end):
     """Save every so many steps, at an epoch's end, and where a signal has reached any process,
     which ends them all."""
     asked = torch.tensor(float(len(signals) > 0))
@@ -451,7 +430,7 @@ def save_where_due(state: State, s: Settings, end: int) -> None:
         leave(signals[0] if signals else signal.SIGTERM)
 
 
-def average_buffers(teacher: nn.Module) -> None:
+def average_buffers(teacher):
     """The teacher's batch-norm statistics, which each process gathers from its own images: their
     mean over processes."""
     for buffer in teacher.buffers():
@@ -462,7 +441,7 @@ def average_buffers(teacher: nn.Module) -> None:
 # ---------------------------------------------------------------- training
 
 
-def train_epoch(state, network, s, tracklets, labels, Ks, epoch, steps) -> None:
+def train_epoch(state, network, s, tracklets, labels, Ks, epoch, steps):
     """Identity-guided self-distillation on labels (N,), from state.step to the end of an epoch of
     so many steps. network: the student, as DistributedDataParallel wraps it. Ks: of all epochs."""
     K = Ks[epoch]
@@ -514,7 +493,7 @@ def load_epoch(state, s, tracklets, labels, K, epoch, steps):
         yield images.to(state.center.device, non_blocking=True)
 
 
-def follow_schedule(state, s, total) -> dict[str, float]:
+def follow_schedule(state, s, total):
     """Set this step's learning rate, and weight decay for the parameters that have any."""
     now = schedule(s, state.step, total)
     for group in state.optimizer.param_groups:
@@ -523,7 +502,7 @@ def follow_schedule(state, s, total) -> dict[str, float]:
     return now
 
 
-def view_kinds(s: Settings) -> list[Views]:
+def view_kinds(s):
     """The views of an image by the recipe: two global ones, then the local ones."""
     colours = {"jitter": s.jitter, "grey_p": s.grey}
     first = Views(s.size, blur_p=s.blur[0], **colours)
@@ -532,7 +511,7 @@ def view_kinds(s: Settings) -> list[Views]:
     return [first, second] + [local] * s.local_crops
 
 
-def networks_in_bfloat16(s: Settings, device: torch.device) -> torch.autocast:
+def networks_in_bfloat16(s, device):
     """The context in which networks compute, in bfloat16 where it is asked for. Their logits, the
     loss, parameters and the optimizer are float32 anyway."""
     enabled = s.precision == "bfloat16"
@@ -541,15 +520,13 @@ def networks_in_bfloat16(s: Settings, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def clip_gradients(network: nn.Module, largest: float = 3.0) -> None:
+def clip_gradients(network, largest=3.0):
     """Scale each parameter's gradient down to a norm of `largest` (DINO)."""
     for parameter in network.parameters():
-        if parameter.grad is not None:
-            norm = parameter.grad.norm()
-            parameter.grad.mul_((largest / (norm + 1e-6)).clamp(max=1))
+        nn.utils.clip_grad_norm_(parameter, largest)
 
 
-def log_step(state, s, K, total, now, loss, teacher, center, since) -> None:
+def log_step(state, s, K, total, now, loss, teacher, center, since):
     """A line on the terminal and in log.jsonl; a warning, once, where the teacher has collapsed.
     now: the schedule; teacher: logits (2, B, D); since: step and time from which speed counts."""
     rate = (state.step - since[0]) * s.batch / (time.time() - since[1])
@@ -574,14 +551,14 @@ def log_step(state, s, K, total, now, loss, teacher, center, since) -> None:
 # ---------------------------------------------------------------- around training
 
 
-def stage_name(s: Settings, state: State) -> str:
+def stage_name(s, state):
     """Whose images teach each other: under this name figures are logged."""
     if s.identities == "cion" and not s.labels and state.labels is None:
         return "tracklet"
     return s.identities
 
 
-def read_inputs(s: Settings) -> tuple:
+def read_inputs(s):
     """Find the tracklets, or draw walkers: the index, the labels (N,) of stage 1 or those given, the
     truth (N,) where it is known, and the held-out split or None. Raises ValueError."""
     root = data_folder(s)
@@ -613,7 +590,7 @@ def read_inputs(s: Settings) -> tuple:
     return tracklets, labels, truth, benchmark
 
 
-def measure(s: Settings, state: State, benchmark, stage: str) -> None:
+def measure(s, state, benchmark, stage):
     """Retrieval on the held-out split, once for each stage, and a picture of it."""
     if benchmark is None or stage in state.results:
         return
@@ -632,23 +609,18 @@ def measure(s: Settings, state: State, benchmark, stage: str) -> None:
         show_retrieval(s.folder / "retrieval.jpg", benchmark, features, queries)
 
 
-def find_identities(s: Settings, state: State, tracklets, truth: np.ndarray | None) -> None:
+def find_identities(s, state, tracklets, truth):
     """Denoise with the teacher's features: state.labels, on every process, and identities.json."""
     average_buffers(state.teacher)
     backbone = state.teacher.backbone
-    first = dist.get_rank() == 0
-    file = s.folder / ".features.npy"  # as float16; those of 10 million images are 40 GB
-    features = None
-    if first:
-        shape = len(tracklets), backbone.embed_dim
-        features = np.lib.format.open_memmap(file, "w+", np.float16, shape)
-    extract(backbone, tracklets, s.size, state.center.device, s.workers, out=features)
+    device = state.center.device
+    file = s.folder / "features.npy"
+    features = extract_features(backbone, tracklets, s.size, device, s.workers, file)
     state.labels = torch.empty(len(tracklets), dtype=torch.int32)
-    if first:
-        names = ("paper", "sigma_cst", "sigma_drm", "r_s", "levels", "without")
-        options = {name: getattr(s, name) for name in names}
-        placed = s.folder / ".placed.npy"
-        labels, figures = denoise_tracklets(tracklets, features, placed, truth, **options)
+    if features is not None:  # on the first process
+        options = {name: getattr(s, name) for name in OPTIONS}
+        scratch = s.folder / ".placed"
+        labels, figures = denoise_tracklets(tracklets, features, scratch, truth, **options)
         file.unlink()
         log(s, "denoise", step=state.step, **figures)
         show_identities(s.folder / "denoised.jpg", tracklets, labels)
@@ -659,7 +631,7 @@ def find_identities(s: Settings, state: State, tracklets, truth: np.ndarray | No
     save(state, s)
 
 
-def show_views(s: Settings, tracklets) -> None:
+def show_views(s, tracklets):
     """crops.jpg: eight images, a column each, and below them what networks are shown of them."""
     rows = np.linspace(0, len(tracklets) - 1, 8).astype(int)
     pictures = data.Images(tracklets, s.size)
@@ -671,10 +643,11 @@ def show_views(s: Settings, tracklets) -> None:
     save_image(torch.cat(sheet), s.folder / "crops.jpg", nrow=len(rows), normalize=True)
 
 
-def main() -> None:
+def main():
     """Data, stage 1, denoising, stage 2, evaluation: the same command goes on where it ended."""
     s = parse_settings()
     device = join_processes()
+    waiting_group.cache_clear()  # that of an earlier run in this process
     on_signals(leave)
     student, teacher = make_networks(s, device)
     tracklets, labels, truth, benchmark = read_inputs(s)
@@ -693,7 +666,7 @@ def main() -> None:
     Ks, finds = plan_epochs(s)
     steps = s.epoch_steps or max(1, len(tracklets) // s.batch)
     for epoch in range(state.step // steps, len(Ks)):
-        if state.rounds < len(finds) and epoch == finds[state.rounds]:
+        if epoch in finds[state.rounds :]:
             encoder = "weights" if s.weights else "tracklet"
             if state.rounds:
                 encoder = f"round {state.rounds}"

@@ -456,13 +456,11 @@ def test_people_come_out_whole(seed):
     {"without": ("center", "cut"), "levels": 2},
     {"without": ("whiten",)},
 ])
-def test_tracklets_are_denoised_in_their_space_and_figures_tell_it(options, tmp_path):
+def test_tracklets_are_denoised_in_their_space_and_figures_tell_it(options, tmp_path, capsys):
     (x, *index), truth = people(0, switches=1)
     tracklets = Tracklets(tmp_path, [], np.full(len(x), b"image"), *index)
-    lines = []
-    labels, figures = D.denoise_tracklets(
-        tracklets, x, tmp_path / "scratch", truth, lines.append, **options
-    )
+    scratch = tmp_path / "scratch"
+    labels, figures = D.denoise_tracklets(tracklets, x, scratch, truth, **options)
     if "paper" not in options:
         without = options.get("without", ())
         space = D.fit_space(x, *index[:2], "center" not in without, "whiten" not in without)
@@ -477,7 +475,7 @@ def test_tracklets_are_denoised_in_their_space_and_figures_tell_it(options, tmp_
     assert figures["identities"] == labels.max() + 1
     assert figures["images_kept"] == (labels >= 0).sum()
     # a line before level 1 and after each, below two others
-    assert len(lines) == 3 + options.get("levels", 3)
+    assert len(capsys.readouterr().out.splitlines()) == 3 + options.get("levels", 3)
     assert not list(tmp_path.iterdir())
 
 
