@@ -60,8 +60,10 @@ class Tracklets:
         return np.char.add(np.array(folders)[self.video], self.name)
 
     def digest(self):
-        """A fingerprint of all paths in their order, hexadecimal."""
-        return hashlib.sha256(self.paths()).hexdigest()
+        """A fingerprint of all paths in their order, and of tracklets, hexadecimal."""
+        digest = hashlib.sha256(self.paths())
+        digest.update(self.track)
+        return digest.hexdigest()
 
 
 def read_tracklets(root):
@@ -203,8 +205,8 @@ def read_image(file):
 @dataclass
 class Images(Dataset):
     """Images of an index, resized to (height, width): i -> (uint8 (3, H, W), used). `used` is the
-    image that was read, i or, where that cannot be, the next one of its tracklet that can. Raises
-    ValueError for a tracklet of which no image can be read."""
+    image that was read, i or, where that cannot be, the next one of its tracklet that can, or else
+    of its video. Raises ValueError where no image of the video can be read."""
 
     tracklets: Tracklets
     size: tuple
@@ -213,27 +215,33 @@ class Images(Dataset):
         return len(self.tracklets)
 
     def __getitem__(self, i):
-        root = self.tracklets.root
-        track = self.tracklets.track
         used = i
-        while True:
-            try:
-                image = read_image(root / self.tracklets.path(used))
-                break
-            except RuntimeError:
-                same = np.flatnonzero(track == track[i])
-                used = same[(np.searchsorted(same, used) + 1) % len(same)]
-            if used == i:
-                raise ValueError(f"{root / self.tracklets.path(i)}: cannot be read")
+        try:
+            image = self.read(i)
+        except RuntimeError:
+            used, image = self.substitute(i)
         if image.shape[1:] != tuple(self.size):
             image = F.interpolate(image[None], self.size, mode="bilinear", antialias=True)[0]
         return image, used
+
+    def read(self, i):
+        return read_image(self.tracklets.root / self.tracklets.path(i))
+
+    def substitute(self, i):
+        """Another image in the place of one that cannot be read."""
+        same = np.flatnonzero(self.tracklets.track == self.tracklets.track[i])
+        after = np.roll(same, -np.searchsorted(same, i))
+        near = np.flatnonzero(self.tracklets.video == self.tracklets.video[i])
+        for other in np.concatenate([after, near]).tolist():
+            with suppress(RuntimeError):
+                return other, self.read(other)
+        raise ValueError(f"{self.tracklets.root / self.tracklets.path(i)}: cannot be read")
 
 
 def load_batches(tracklets, batches, size, workers=0):
     """Yield uint8 images (B, 3, H, W) for each index array of the list `batches`. A file that can't
     be read is replaced, see `Images`, with a warning. Raises ValueError where such files are more
-    than 1% of the images asked for."""
+    than 1% of the images asked for, and more than 10."""
     loader = DataLoader(
         Images(tracklets, size),
         batch_sampler=batches,
@@ -241,7 +249,7 @@ def load_batches(tracklets, batches, size, workers=0):
         worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )
-    allowed = 0.01 * sum(map(len, batches))
+    allowed = max(10, 0.01 * sum(map(len, batches)))
     bad = []
     for batch, (images, used) in zip(batches, loader):
         for i, other in zip(batch, used.tolist()):

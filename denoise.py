@@ -166,7 +166,7 @@ def reallocate(features, labels, track, sigma_cst, frame):
     frame (n,): a sample joins nobody who is in its frame too. That is cannot-link, ours: in the
     paper no two samples share a frame."""
     tracklets = np.unique(labels[labels >= 0])
-    centroids = np.stack([centroid(features[labels == k]) for k in tracklets])
+    centroids = np.stack([centroid(features[rows]) for rows in rows_of(labels)])
     labels = labels.copy()
     for i in np.flatnonzero(labels < 0):
         barred = np.append(labels[frame == frame[i]], track[i])
@@ -713,7 +713,12 @@ def main():
             print(tracklets.path(i))
         return
     out = Path(args.out)
-    for file in (out, out.with_suffix(".summary.json"), out.with_suffix(".jpg")):
+    if out.suffix != ".json":
+        raise ValueError(f"--out {out}: expected a name that ends in .json")
+    written = [out, out.with_suffix(".summary.json"), out.with_suffix(".jpg")]
+    if not args.features:
+        written.append(out.with_suffix(".features.npy"))
+    for file in written:
         if file.exists():
             raise ValueError(f"{file}: exists already; give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -362,10 +362,10 @@ def build_benchmark(root, query, gallery):
         os.stat(root / path)  # raises FileNotFoundError
     items = np.arange(len(ids))
     counts = [len(item) for item in files]
-    # Only an item's own images may take the place of one that cannot be read.
-    track = np.repeat(items, counts)
-    zeros = np.zeros_like(track)
-    images = Tracklets(root, [""], np.char.encode(paths), zeros, track, zeros)
+    # As a video of its own: no other item's image may take the place of one that cannot be read.
+    item = np.repeat(items, counts)
+    frame = np.zeros_like(item)
+    images = Tracklets(root, [""] * len(items), np.char.encode(paths), item, item, frame)
     first = np.cumsum(counts) - counts
     query, gallery = np.split(items, [len(query)])
     ids = np.array(ids)

@@ -283,7 +283,9 @@ def check_sizes(backbone, arch, sizes):
     for size in sizes:
         try:
             with torch.no_grad():
-                backbone(torch.zeros(2, 3, *size))
+                features = backbone(torch.zeros(2, 3, *size))
+            if features.shape != (2, backbone.embed_dim):
+                raise ValueError(f"features are {tuple(features.shape)}")
         except Exception as error:  # whatever a network of somebody else's raises
             size = f"{size[0]}x{size[1]}"
             raise ValueError(f"{arch} cannot take images of {size}: {error}") from None

@@ -230,6 +230,8 @@ def check_settings(s):
                 f"--batch {s.batch} over {processes} processes is not a multiple of K={K}: "
                 "identities are not split"
             )
+    if s.local_scale[0] > s.local_scale[1]:
+        raise ValueError(f"--local_scale {s.local_scale}: expected the smaller share first")
     if s.name != Path(s.name).name or s.name.startswith("."):
         raise ValueError(f"--name {s.name}: expected the name of a folder below runs/, not a path")
     if s.identities != "cion" and (s.labels or s.weights):
@@ -308,10 +310,10 @@ def note_signal(number, frame):
     signals.append(number)
 
 
-def leave(number, frame=None):
+def leave(number=signal.SIGTERM, frame=None):
     """What they do at other times. The exit status is that of a process that a signal ended."""
     say("stopped", "the same command goes on from the last checkpoint")
-    sys.exit(128 + number)
+    sys.exit(128 + (signals or [number])[0])
 
 
 def on_signals(handler):
@@ -362,7 +364,7 @@ def make_networks(s, device):
 def make_optimizer(student):
     """AdamW. Matrices and kernels decay, biases and norms do not."""
     decaying = [p for p in student.parameters() if p.ndim > 1]
-    others = [p for p in student.parameters() if p.ndim == 1]
+    others = [p for p in student.parameters() if p.ndim <= 1]
     groups = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
@@ -388,6 +390,7 @@ def save(state, s):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, s.folder / "last.pt")
+    dist.barrier(group=waiting_group())
 
 
 def resume(state, s):
@@ -420,14 +423,20 @@ def resume(state, s):
 
 
 def save_where_due(state, s, end):
-    """Save every so many steps, at an epoch's end, and where a signal has reached any process,
-    which ends them all."""
-    asked = torch.tensor(float(len(signals) > 0))
-    dist.all_reduce(asked, group=waiting_group())  # on the CPU, so that no device waits
+    """Save every so many steps, at an epoch's end, and where a signal asks for the end of the run,
+    which this is then."""
+    asked = asked_to_stop()
     if asked or state.step % s.save_every == 0 or state.step == end:
         save(state, s)
     if asked:
-        leave(signals[0] if signals else signal.SIGTERM)
+        leave()
+
+
+def asked_to_stop():
+    """Whether a signal has reached any process; on the CPU, so that no device waits."""
+    asked = torch.tensor(float(len(signals) > 0))
+    dist.all_reduce(asked, group=waiting_group())
+    return bool(asked)
 
 
 def average_buffers(teacher):
@@ -451,7 +460,7 @@ def train_epoch(state, network, s, tracklets, labels, Ks, epoch, steps):
     for images in load_epoch(state, s, tracklets, labels, K, epoch, steps):
         # this step's schedule and its own random numbers, so that a resumed run repeats it
         now = follow_schedule(state, s, total)
-        generator = torch.Generator().manual_seed((s.seed << 32) + state.step)
+        generator = generator_of(s.seed, state.step)
 
         # the teacher sees the two global views, the student all
         views = make_views(images, view_kinds(s), generator, dist.get_rank(), dist.get_world_size())
@@ -480,6 +489,12 @@ def train_epoch(state, network, s, tracklets, labels, Ks, epoch, steps):
         if state.step % s.log_every == 0 or state.step == total:
             log_step(state, s, K, total, now, loss, teacher, center, since)
         save_where_due(state, s, end=(epoch + 1) * steps)
+
+
+def generator_of(seed, step):
+    """The random numbers of a step. (Of a generator's seed only 32 bits count.)"""
+    mixed = np.random.SeedSequence([seed, step]).generate_state(1)
+    return torch.Generator().manual_seed(int(mixed[0]))
 
 
 def load_epoch(state, s, tracklets, labels, K, epoch, steps):
@@ -607,6 +622,7 @@ def measure(s, state, benchmark, stage):
         evenly = np.linspace(0, len(ap) - 1, 12).astype(int)
         queries = benchmark.query[np.unique(evenly)]
         show_retrieval(s.folder / "retrieval.jpg", benchmark, features, queries)
+    dist.barrier(group=waiting_group())
 
 
 def find_identities(s, state, tracklets, truth):
@@ -636,7 +652,7 @@ def show_views(s, tracklets):
     rows = np.linspace(0, len(tracklets) - 1, 8).astype(int)
     pictures = data.Images(tracklets, s.size)
     images = torch.stack([pictures[i][0] for i in rows])
-    views = make_views(images, view_kinds(s), torch.Generator().manual_seed(s.seed))
+    views = make_views(images, view_kinds(s), generator_of(s.seed, 0))
     sheet = [normalize(images / 255)]
     for view in views:
         sheet.append(F.interpolate(view, s.size))
@@ -676,6 +692,8 @@ def main():
             labels = state.labels.numpy()
         on_signals(note_signal)
         train_epoch(state, network, s, tracklets, labels, Ks, epoch, steps)
+        if asked_to_stop():
+            leave()
         on_signals(leave)
 
     measure(s, state, benchmark, stage_name(s, state))

@@ -199,6 +199,8 @@ def test_an_image_that_cannot_be_read_is_the_next_of_its_tracklet(tmp_path):
     Image.fromarray(np.full((16, 8), 40_000, np.uint16)).save(tmp_path / files[4], "png")
     assert [(level(image), used) for image, used in images] == [(i, i) for i in (0, 1, 0, 0, 1)]
     (tmp_path / files[1]).write_bytes(b"")
+    assert images[4][1] == 0  # of no other tracklet but of its video
+    (tmp_path / files[0]).write_bytes(b"")
     with pytest.raises(ValueError, match=f"{files[4]}: cannot be read"):
         images[4]
 
@@ -220,8 +222,20 @@ def test_batches_come_in_order_and_bad_files_are_named_once(tmp_path, workers):
     assert [level(image) for image in loaded[1]] == [2, 2, 2]
     said = [str(w.message) for w in record if w.category is UserWarning]
     assert said == [f"{tmp_path / files[1]}: cannot be read, replaced by {files[2]}"]
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=f"{files[1]}: .*more than 1%"):
-        list(data.load_batches(t, batches[:39], (16, 8), workers))
+
+
+def test_more_than_ten_bad_files_and_one_percent_are_refused(tmp_path):
+    """Each is alone in its tracklet, so that another image of its video takes its place."""
+    files = [f"v/{n:06d}_0000001_00.jpg" for n in range(12)]
+    t = data.read_tracklets(make_tree(tmp_path, files))
+    for file in files[:10]:
+        (tmp_path / file).write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="replaced by v/000010_"):
+        (images,) = data.load_batches(t, [np.arange(12)], (16, 8))
+    assert [level(image) for image in images[:11]] == [10] * 11
+    (tmp_path / files[10]).write_bytes(b"no image")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="000000_.*one of 11, more"):
+        list(data.load_batches(t, [np.arange(12)], (16, 8)))
 
 
 def test_loader_workers_leave_signals_to_the_process_that_they_feed(tree):

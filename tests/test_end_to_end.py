@@ -173,10 +173,10 @@ def test_two_processes_equal_one_even_when_one_is_killed(few, tmp_path, run, mon
 
 
 def test_a_failing_loader_ends_the_run(few, tmp_path):
-    """No image of a tracklet can be read: the workers' error ends the process, by itself."""
+    """No image of a video can be read: the workers' error ends the process, by itself."""
     shutil.copytree(few, tmp_path / "set")
     t = data.read_tracklets(tmp_path / "set" / "train")
-    for i in np.flatnonzero(t.track == 3):
+    for i in np.flatnonzero(t.video == 0):
         (t.root / t.path(i)).write_bytes(b"broken")
     command = [sys.executable, str(ROOT / "train.py"), "--data", "set", *TINY, "--workers", "2"]
     command += ["--identities", "true"]
