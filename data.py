@@ -424,6 +424,8 @@ def crop(video, tracks, out, every=1, confidence=-np.inf, min_size=(1, 1)):
     to be considered: 1 for people. A video file's frames are numbered from 0 if the tracks name a
     frame 0, else from 1. Raises ValueError for wrong input and frames that cannot be read."""
     video = Path(video).absolute()
+    if not video.exists():
+        raise ValueError(f"{video}: no such file or folder")
     place = video.parent if video.name == "img1" else video
     folder = Path(out) / place.stem
     chosen, first, dropped = choose_boxes(tracks, every, confidence)

@@ -421,14 +421,16 @@ def export(file, out, names="authors"):
         raise ValueError(f"{out}: exists already")
     torch.save(weights, f"{out}.part")
     os.replace(f"{out}.part", out)
+    print(f"written: {out}")
 
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("arch", nargs="*", help="names, or the word export and a checkpoint")
-    parser.add_argument("--out", default="backbone.pth", help="the file that export writes")
-    parser.add_argument("--names", choices=("authors", "plain"), default="authors")
+    parser.add_argument("--out", default="backbone.pth", help="of export: the file to write")
+    names = ("authors", "plain")
+    parser.add_argument("--names", choices=names, default="authors", help="of export: its names")
     args = parser.parse_args()
     if args.arch[:1] == ["export"]:
         if len(args.arch) != 2:
