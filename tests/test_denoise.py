@@ -165,6 +165,14 @@ def test_reallocate_by_hand():
     assert got.tolist() == [0, 1, -1, -1, 1, 0, -1]
 
 
+@pytest.mark.parametrize("frame, pair", [([0, 1, 2, 3], {0, 1}), ([0, 2, 1, 3], {1, 3})])
+def test_those_of_a_video_who_are_equally_near_go_with_their_neighbour_in_time(frame, pair):
+    track = np.arange(4)
+    features = at(0, 36, 200, 75)
+    got = D.single_video(features, track, track, np.array(frame), 2.0, 0.3, closest_first=True)
+    assert pair in partition(got)
+
+
 @pytest.mark.parametrize("r_s", [1, 3, 4, 9, 40])
 def test_closures_go_across_the_borders_of_blocks(r_s, monkeypatch):
     monkeypatch.setattr(D, "BLOCK", 4)
@@ -172,19 +180,6 @@ def test_closures_go_across_the_borders_of_blocks(r_s, monkeypatch):
     groups = linked(x, [[k] for k in range(21)], 0.6 / r_s**0.5, r_s)
     assert 1 < len(groups) < 21
     assert partition(D.closure(x, 0.6 / r_s**0.5, r_s)) == set(map(frozenset, groups))
-
-
-def test_noise_by_hand():
-    """Identities 2 (at 40 degrees), 5 (10, radius 10) and 9 (85, radius 5)."""
-    features = at(0, 10, 20, 80, 90, 40, 45) * 7
-    labels = np.array([5, 5, 5, 9, 9, 2, -1])
-    for sigmas, r_s, want in (
-        ((apart(11), 0.0), None, (0, 0, 0)),
-        ((apart(9), apart(31)), None, (1, 1 / 3, 2 / 3)),  # a close pair counts twice
-        ((apart(11), apart(76)), None, (2, 0, 2)),
-        ((apart(11), apart(76)), 1, (4 / 3, 0, 4 / 3)),  # 2 and 9 are not compared
-    ):
-        assert D.noise(features, labels, *sigmas, r_s) == pytest.approx(want)
 
 
 @pytest.mark.parametrize("r_s", [3, None])
@@ -224,6 +219,10 @@ def test_tracklets_are_cut_where_the_person_changes_and_nowhere_else():
     cut = D.cut_tracklets(features, track, 0.5)
     assert cut.tolist() == [0, 0, 0, 3, 3, 5, 6, 6, 6]
     assert D.cut_tracklets(features, track, 1.8).tolist() == [0] * 6 + [6] * 3
+
+
+def test_rows_of_labels_leave_noise_out():
+    assert [rows.tolist() for rows in D.rows_of(np.array([3, -1, 0, 3]))] == [[2], [0, 3]]
 
 
 def test_seen_together_are_all_pairs_of_a_frame():
@@ -385,8 +384,9 @@ def test_the_space_is_its_definition():
 @pytest.mark.parametrize("N, d", [(1, 4), (2, 3), (6, 100), (40, 5)])
 def test_the_space_is_safe_for_few_images_and_for_images_all_alike(N, d):
     n = np.arange(N)
-    for x in (np.random.default_rng(0).standard_normal((N, d)), np.ones((N, d))):
-        placed = D.place(x, n // 4, n // 2, n, D.fit_space(x, n // 4, n // 2))
+    features = np.random.default_rng(0).standard_normal((N, d)), np.ones((N, d))
+    for x, on in itertools.product(features, (True, False)):
+        placed = D.place(x, n // 4, n // 2, n, D.fit_space(x, n // 4, n // 2, on, on))
         assert np.linalg.norm(placed, axis=1) == pytest.approx(1, abs=1e-4)
 
 
@@ -422,6 +422,10 @@ def test_levels_leave_what_they_should(seed):
     assert partition(found[0]) == partition(100 * video + track)
     for n in (1, 2, 3):
         assert (D.denoise(features, *index, **options, levels=n) == found[n]).all()
+    for group in partition(found[1]):  # level 1 leaves parts of tracklets, and nobody to exclude
+        rows = sorted(group, key=lambda i: frame[i])
+        assert len(set(zip(video[rows], track[rows]))) == 1
+        assert len(D.trim(D.unit(features[rows]), sigmas[0])) == len(rows)
     assert ((found[3] >= 0) == (found[2] >= 0)).all()  # level 3 removes nothing
     for group in map(list, partition(found[2]) | partition(found[3])):  # nobody is twice in a frame
         assert len(set(zip(video[group], frame[group]))) == len(group)
@@ -467,9 +471,11 @@ def test_tracklets_are_denoised_in_their_space_and_figures_tell_it(options, tmp_
         x = D.place(x, *index, space).astype(np.float16)
     assert (labels == D.denoise(x, *index, **options)).all()
     sigmas = figures["sigma_cst"], figures["sigma_drm"]
-    assert (sigmas == D.PAPER == (0.2, 0.18)) == ("paper" in options)
+    r_s = options.get("r_s", 1000)
+    want = (0.2, 0.18) if "paper" in options else D.calibrate(x, *index, r_s)
+    assert sigmas == (want[0], options.get("sigma_drm", want[1]))
     for name, found in (("noise_before", index[1]), ("noise_after", labels)):
-        assert figures[name] == D.noise(x, found, *sigmas, options.get("r_s", 1000))
+        assert figures[name] == D.noise(x, found, *sigmas, r_s)
     assert figures["f1_tracklets"] == D.pairwise_scores(index[1], truth)["f1"]
     assert D.pairwise_scores(labels, truth).items() <= figures.items()
     assert figures["identities"] == labels.max() + 1
@@ -503,6 +509,8 @@ def test_wrong_input_is_named(change, message, monkeypatch):
 @pytest.mark.parametrize("paper", [True, False])
 def test_tiny_inputs_work(paper):
     assert D.denoise(np.ones((1, 4)), [0], [0], [0], paper=paper).tolist() == [0]
+    # a single video has no strangers
+    assert np.isfinite(D.calibrate(*people(0, videos=1)[0])).all()
     # a collapsed encoder loses nobody
     tracks = [0, 0, 1, 2, 2, 2]
     alike = D.denoise(np.ones((6, 3)), [0, 0, 0, 1, 1, 1], tracks, range(6), paper=paper)
