@@ -152,6 +152,7 @@ def read_annotation(file):
 
     try:
         entries = json.loads(Path(file).read_bytes(), object_pairs_hook=take)
+        # a list of n entries is read as n times what `take` returns
         if entries != [None] * len(ids):
             raise ValueError("got something else")
         ids = np.array(ids)

@@ -216,7 +216,7 @@ def closure(centroids, sigma_drm, r_s):
     heads = []
     members = []
     for c, t, _ in links(centroids, sigma_drm, r_s):
-        # of a block's links only those are kept that make the same closure: to the first of each
+        # in the place of a block's links, one from each member of a component to its first
         names, ends = np.unique([c, t], return_inverse=True)
         i, j = ends.reshape(2, -1)
         part = connected(i, j, len(names))
@@ -296,12 +296,12 @@ def level_by_level(features, index, sigmas, r_s, paper=False, levels=3, without=
     additions = () if paper else set(ADDITIONS) - set(without)
     closest_first = "closest_first" in additions
     track = number_pairs(video, track)
-    place = np.lexsort((track, frame, video)).argsort()
-    yield "tracklets", in_sequence(track, place)
+    order = np.lexsort((track, frame, video)).argsort()
+    yield "tracklets", in_sequence(track, order)
     frame = number_pairs(video, frame)
     if "cannot_link" not in additions:
-        # everybody is alone in a frame
-        frame = place
+        # everybody is alone in a frame; the order of time stays
+        frame = order
     level1 = np.empty_like(track)
     level2 = np.empty_like(track)
     # one video is in memory at a time, tracklet by tracklet; places there name its identities
@@ -316,13 +316,13 @@ def level_by_level(features, index, sigmas, r_s, paper=False, levels=3, without=
         level1[rows] = labels
         labels = single_video(x, labels, pieces, frame[rows], sigma_cst, sigma_drm, closest_first)
         level2[rows] = np.where(labels >= 0, places[labels], -1)
-    yield "single tracklet", in_sequence(level1, place)
-    labels = in_sequence(level2, place)
+    yield "single tracklet", in_sequence(level1, order)
+    labels = in_sequence(level2, order)
     if levels >= 2:
         yield "single video", labels
     if levels >= 3:
         labels = cross_video(features, labels, frame, sigma_drm, r_s, closest_first)
-        yield "cross video", in_sequence(labels, place)
+        yield "cross video", in_sequence(labels, order)
 
 
 def thresholds(features, index, sigma_cst, sigma_drm, r_s, paper):
@@ -489,6 +489,7 @@ def merge_closest_first(centroids, sigma_drm, r_s, apart, nearness=0.1):
         sums[i] += sums[j]
         size[i] += size[j]
         position[i] += position[j]
+        # j becomes i; a pair that is too far now comes back only as a link that i inherits
         union = np.arange(T)
         union[j] = i
         identity = union[identity]
@@ -512,7 +513,8 @@ def nearest_links(centroids, sigma_drm, r_s, most=10):
 def mutually_closest(i, j, distance):
     """Of pairs (i, j), those in which each is the other's closest; of equals the first counts."""
     ends = np.stack([i, j], axis=1)[np.argsort(distance, kind="stable")]
-    # the closest pair of each is that in which it comes first
+    # the closest pair of each is that in which it comes first: number n holds places 2n, 2n + 1.
+    # A pair that is chosen by both of its ends is mutual
     closest = np.unique(ends, return_index=True)[1] // 2
     return ends[np.flatnonzero(np.bincount(closest) == 2)].T
 
@@ -703,6 +705,24 @@ def extract_features(backbone, tracklets, size, device, workers, file):
     return features
 
 
+def read_features(args, tracklets, out):
+    """Features (N, d) as the flags say, from a file or of an encoder; None on all processes but the
+    first."""
+    if args.features is None:
+        device = join_processes()
+        backbone, size = load_backbone(args.weights, args.arch, args.size)
+        backbone.to(device)
+        file = out.with_suffix(".features.npy")
+        features = extract_features(backbone, tracklets, size, device, args.workers, file)
+        dist.destroy_process_group()
+        return features
+    features = np.load(args.features, mmap_mode="r")
+    if len(features) != len(tracklets):
+        expected = f"a row for each of {len(tracklets):,} images, as --index prints them"
+        raise ValueError(f"{args.features}: has {len(features):,} rows; expected {expected}")
+    return features if int(os.environ.get("RANK", 0)) == 0 else None
+
+
 def main():
     """Features in, labels out."""
     args = parse_flags()
@@ -715,25 +735,12 @@ def main():
     out = Path(args.out)
     if out.suffix != ".json":
         raise ValueError(f"--out {out}: expected a name that ends in .json")
-    written = [out, out.with_suffix(".summary.json"), out.with_suffix(".jpg")]
-    if not args.features:
-        written.append(out.with_suffix(".features.npy"))
-    for file in written:
+    for suffix in (".json", ".summary.json", ".jpg", ".features.npy"):
+        file = out.with_suffix(suffix)
         if file.exists():
             raise ValueError(f"{file}: exists already; give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if args.features:
-        features = np.load(args.features, mmap_mode="r")
-        if len(features) != len(tracklets):
-            expected = f"a row for each of {len(tracklets):,} images, as --index prints them"
-            raise ValueError(f"{args.features}: has {len(features):,} rows; expected {expected}")
-    else:
-        device = join_processes()
-        backbone, size = load_backbone(args.weights, args.arch, args.size)
-        backbone.to(device)
-        file = out.with_suffix(".features.npy")
-        features = extract_features(backbone, tracklets, size, device, args.workers, file)
-        dist.destroy_process_group()
+    features = read_features(args, tracklets, out)
     if features is None:
         return
     truth = None

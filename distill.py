@@ -266,6 +266,7 @@ def identity_loss(
         own = p
         terms = 2 * B * (K * V - 1)
     else:
+        # an image itself counts 1, each of its K - 1 others K
         own = p + K * (G - p)
         together = own.sum(0)
         pairs = 2 * (V - 1)
