@@ -622,7 +622,7 @@ def denoise_tracklets(
     levels=3,
     without=(),
 ):
-    """`denoise` an index of tracklets in the space of its features (N, d), and print a line a level.
+    """`denoise` an index of tracklets in the space of its features (N, d); prints a line a level.
 
     scratch: a file for the placed features, which nobody sees. truth (N,) is only measured against.
     Returns labels (N,) and figures for log.jsonl."""
@@ -687,7 +687,10 @@ def parse_flags():
     flag("--r_s", type=int, default=1000, help="half-width of the sliding range, in tracklets")
     flag("--levels", type=int, default=3, choices=(1, 2, 3), help="within tracklets, videos, all")
     flag("--without", nargs="+", default=(), choices=ADDITIONS, help="additions to leave out")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.r_s < 1:
+        parser.error(f"--r_s {args.r_s}: expected at least 1 tracklet")
+    return args
 
 
 def extract_features(backbone, tracklets, size, device, workers, file):

@@ -70,7 +70,7 @@ class Settings:
     silent, the released code's."""
 
     arch: str = setting("r50ibn", "backbone; `python model.py` lists them")
-    data: str = setting("", "folder of tracklets, <video>/<track>_<frame>_<det>.jpg (none: walkers)")
+    data: str = setting("", "folder of tracklets, <video>/<track>_<frame>_<det>.jpg; none: walkers")
     recipe: str = setting("", "default: demo without --data", choices=("paper", "demo"))
     name: str = setting("", "folder below runs/; the same command goes on with what is there")
     weights: str = setting("", "backbone weights that replace stage 1")
@@ -574,7 +574,7 @@ def stage_name(s, state):
 
 
 def read_inputs(s):
-    """Find the tracklets, or draw walkers: the index, the labels (N,) of stage 1 or those given, the
+    """Find the tracklets or draw walkers: the index, the labels (N,) of stage 1 or those given, the
     truth (N,) where it is known, and the held-out split or None. Raises ValueError."""
     root = data_folder(s)
     if not s.data and not root.exists() and dist.get_rank() == 0:

@@ -117,14 +117,16 @@ def test_the_commands_run(page, user, few, in_process):
         if "FILE.npy" in flags:
             features = np.load("labels/first.features.npy").astype(np.float32)
             np.save("FILE.npy", features)
-        flags = [flag.replace("FILE", "runs/DIR-r10ibn/last.pt") if flag == "FILE" else flag for flag in flags]
+        if "FILE" in flags:
+            flags[flags.index("FILE")] = "runs/DIR-r10ibn/last.pt"
         if "street.mp4" in flags:
             flags[flags.index("DIR")] = "crops"
         if flags[:1] in (["crop"], ["export"]):
             script = f"{script} {flags.pop(0)}"
         in_process(script, *flags)
         ran.append(script)
-    assert set(ran) >= {"README": {"data.py crop", "evaluate.py", "train.py"}, "usage": {"denoise.py"}}[page]
+    least = {"README": {"data.py crop", "evaluate.py", "train.py"}, "usage": {"denoise.py"}}
+    assert set(ran) >= least[page]
 
 
 def test_the_snippets_run(user, in_process):
