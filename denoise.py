@@ -599,7 +599,7 @@ def pairwise_scores(labels, truth):
 
 def pairs_in(labels):
     """How many pairs of images have the same label."""
-    sizes = np.bincount(labels[labels >= 0])
+    sizes = np.unique(labels[labels >= 0], return_counts=True)[1]
     return float((sizes * (sizes - 1.0) / 2).sum())
 
 

@@ -515,3 +515,9 @@ def test_tiny_inputs_work(paper):
     tracks = [0, 0, 1, 2, 2, 2]
     alike = D.denoise(np.ones((6, 3)), [0, 0, 0, 1, 1, 1], tracks, range(6), paper=paper)
     assert min(alike) >= 0 and alike[3] == alike[4] == alike[5]
+
+
+def test_numbers_of_identities_may_be_large():
+    truth = np.array([20240501000001, 20240501000001, 5, 7])
+    scores = D.pairwise_scores(np.array([0, 0, 1, 1]), truth)
+    assert (scores["precision"], scores["recall"]) == (0.5, 1)
