@@ -226,6 +226,7 @@ class Images(Dataset):
         return image, used
 
     def read(self, i):
+        """Image i as it is. Raises RuntimeError if it cannot be read."""
         return read_image(self.tracklets.root / self.tracklets.path(i))
 
     def substitute(self, i):

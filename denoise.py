@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from scipy.sparse import csr_array, triu
 from scipy.sparse.csgraph import connected_components

@@ -417,8 +417,8 @@ def resume(state, s):
         for name in ("step", "rounds", "labels", "results"):
             setattr(state, name, found[name])
         say("resume", f"{s.folder} at step {state.step:,}")
-    mean = all_mean(torch.tensor(float(state.step), device=state.center.device))
-    if mean != state.step:
+    step = torch.tensor(state.step, dtype=torch.float64, device=state.center.device)
+    if all_mean(step) != state.step:
         raise ValueError(f"{s.folder}: expected a file system that all processes share")
 
 

@@ -1,5 +1,4 @@
 """The programs as a user runs them, from videos to mAP, in one process and in two."""
-import json
 import os
 import shutil
 import subprocess
