@@ -7,8 +7,10 @@ whose identities are known. Read first: `Tracklets`, `read_tracklets`, `sample_i
 """
 import argparse
 import atexit
+import codecs
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -17,7 +19,7 @@ import signal
 import sys
 import warnings
 from collections import Counter, defaultdict
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +28,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, write_jpeg
+from torchvision.io import ImageReadMode, decode_image, encode_jpeg
 
-FILE_NAME = re.compile(r"(?ai)(\d{1,19})_(\d{1,19})_(\d{1,19})\.jpe?g")
+FILE_NAME = re.compile(r"(?ai)(\d+)_(\d+)_(\d+)\.jpe?g")
+LARGEST = 2**63 - 1  # number that an array of int64 holds
 
 
 # ---------------------------------------------------------------- the index
@@ -52,25 +55,25 @@ class Tracklets:
 
     def path(self, i):
         """Path of image i relative to the root."""
-        return os.path.join(self.folders[self.video[i]], self.name[i].decode())
+        return os.path.join(self.folders[self.video[i]], os.fsdecode(self.name[i]))
 
     def paths(self):
         """Paths of all images relative to the root, bytes (N,)."""
-        folders = [os.path.join(folder, "").encode() for folder in self.folders]
+        folders = [os.fsencode(os.path.join(folder, "")) for folder in self.folders]
         return np.char.add(np.array(folders)[self.video], self.name)
 
-    def digest(self):
-        """A fingerprint of all paths in their order, and of tracklets, hexadecimal."""
+    def digest(self, labels):
+        """A fingerprint, hexadecimal, of all paths in their order and of labels int64 (N,)."""
         digest = hashlib.sha256(self.paths())
-        digest.update(self.track)
+        digest.update(labels)
         return digest.hexdigest()
 
 
 def read_tracklets(root):
     """Index the JPEG files of a folder in LUPerson-NL's layout, <video>/<track>_<frame>_<det>.jpg,
-    where folders may stand above the videos'. Hidden folders and other files are left alone.
-    Raises OSError for a folder that cannot be read, ValueError for JPEG files of other names, and
-    where there are none."""
+    where folders may stand above the videos'. What is hidden and other files are left alone. Raises
+    OSError for a folder that cannot be read, ValueError for JPEG files of other names, and where
+    there are none."""
 
     def stop(error):
         raise error
@@ -89,11 +92,13 @@ def read_tracklets(root):
         below[:] = sorted(name for name in below if not name.startswith("."))
         images = []
         for file in files:
-            if file.lower().endswith((".jpg", ".jpeg")):
-                numbers = FILE_NAME.fullmatch(file)
-                if not numbers:
-                    raise ValueError(f"{folder}/{file}: expected <track>_<frame>_<det>.jpg")
-                images.append((*map(int, numbers.groups()), file.encode()))
+            if file.lower().endswith((".jpg", ".jpeg")) and not file.startswith("."):
+                match = FILE_NAME.fullmatch(file)
+                numbers = [int(number) for number in match.groups()] if match else [LARGEST + 1]
+                if max(numbers) > LARGEST:
+                    wanted = "<track>_<frame>_<det>.jpg, numbers below 2**63"
+                    raise ValueError(f"{folder}/{file}: expected {wanted}")
+                images.append((*numbers, file.encode()))
         if images:
             number, frame, _, name = zip(*sorted(images))
             video = np.full(len(name), len(folders))
@@ -122,6 +127,23 @@ def find_splits(root):
 
 
 # ---------------------------------------------------------------- labels
+@contextmanager
+def whole_file(file):
+    """An open file to write bytes into, which takes the place of `file` when all of it is on the
+    disk. Raises OSError, and leaves the old file, where it cannot be written."""
+    file = Path(file)
+    beside = file.with_name(f".{file.name}.part")
+    try:
+        with open(beside, "wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(beside, file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{file}: cannot be written: {error.strerror}") from None
+
+
 def write_labels(file, tracklets, labels):
     """Write labels int64 (N,), -1 for images in no identity, as a CION-AL annotation: a JSON list
     of file_path and id, sorted by id, ids contiguous from 1. It appears whole or not at all."""
@@ -129,13 +151,12 @@ def write_labels(file, tracklets, labels):
     rows = rows[np.argsort(labels[rows], kind="stable")]
     ids = np.unique(labels[rows], return_inverse=True)[1] + 1
     separator = "[\n"
-    with open(f"{file}.part", "w") as out:
+    with whole_file(file) as out:
         for row, identity in zip(rows, ids.tolist()):
             entry = {"file_path": tracklets.path(row), "id": identity}
-            out.write(separator + json.dumps(entry))
+            out.write((separator + json.dumps(entry)).encode())
             separator = ",\n"
-        out.write("\n]\n")
-    os.replace(f"{file}.part", file)
+        out.write(b"\n]\n")
 
 
 def read_annotation(file):
@@ -147,25 +168,28 @@ def read_annotation(file):
     def take(entry):
         """Keep what an entry says, not millions of dicts."""
         entry = dict(entry)
-        paths.append(os.path.normpath(entry["file_path"]).encode())
-        ids.append(entry["id"])
+        path = entry.get("file_path")
+        identity = entry.get("id")
+        if type(path) is not str or type(identity) is not int or not 1 <= identity <= LARGEST:
+            raise ValueError(f"entry {len(ids) + 1} is {str(entry):.200}")
+        path = os.path.normpath(path)
+        if path.startswith(("/", "../")):
+            raise ValueError(f"{path} leaves the folder of the images")
+        paths.append(os.fsencode(path))
+        ids.append(identity)
 
     try:
         entries = json.loads(Path(file).read_bytes(), object_pairs_hook=take)
         # a list of n entries is read as n times what `take` returns
-        if entries != [None] * len(ids):
+        if not ids or entries != [None] * len(ids):
             raise ValueError("got something else")
-        ids = np.array(ids)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file}: expected a list of file_path and id; {error!r}") from None
-    if ids.dtype != np.int64 or ids.min() < 1:
-        raise ValueError(f"{file}: expected entries whose ids are whole numbers from 1")
-    for path in paths:
-        if path.startswith((b"/", b"../")):
-            raise ValueError(f"{file}: {path.decode()} leaves the folder of the images")
-    paths, first = np.unique(paths, return_index=True)
+    except ValueError as error:
+        expected = "expected a list of file_path and id, a whole number from 1"
+        raise ValueError(f"{file}: {expected}; {error}") from None
+    ids = np.array(ids)
+    paths, first, times = np.unique(paths, return_index=True, return_counts=True)
     if len(paths) < len(ids):
-        raise ValueError(f"{file}: a file comes twice")
+        raise ValueError(f"{file}: {os.fsdecode(paths[times.argmax()])} comes twice")
     return paths, ids[first] - 1
 
 
@@ -175,7 +199,7 @@ def read_labels(file, tracklets):
     paths, ids = read_annotation(file)
     found, image, entry = np.intersect1d(tracklets.paths(), paths, True, return_indices=True)
     if len(found) < len(paths):
-        path = np.setdiff1d(paths, found)[0].decode()
+        path = os.fsdecode(np.setdiff1d(paths, found)[0])
         raise ValueError(f"{file}: {path} is not among the images of {tracklets.root}")
     labels = np.full(len(tracklets), -1)
     labels[image] = ids[entry]
@@ -188,7 +212,7 @@ def read_identities(file, root):
     paths, labels = read_annotation(file)
     folders, _, names = np.char.rpartition(paths, b"/").T
     folders, video = np.unique(folders, return_inverse=True)
-    folders = [folder.decode() for folder in folders]
+    folders = [os.fsdecode(folder) for folder in folders]
     track = np.unique(labels, return_inverse=True)[1]
     frame = np.zeros_like(labels)
     return Tracklets(Path(root), folders, names, video, track, frame), labels
@@ -196,10 +220,14 @@ def read_identities(file, root):
 
 # ---------------------------------------------------------------- images
 def read_image(file):
-    """An image file, uint8 (3, H, W). Raises RuntimeError for one that cannot be read."""
-    image = decode_image(str(file), ImageReadMode.RGB, apply_exif_orientation=True)
+    """An image file, uint8 (3, H, W). Raises ValueError for one that cannot be read."""
+    try:
+        content = torch.from_numpy(np.fromfile(file, np.uint8))
+        image = decode_image(content, ImageReadMode.RGB, apply_exif_orientation=True)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{file}: cannot be read: {error}") from None
     if image.dtype != torch.uint8 or image.ndim != 3:
-        raise RuntimeError(f"{file}: expected one image of 8 bits a colour")
+        raise ValueError(f"{file}: cannot be read: expected one image of 8 bits a colour")
     return image
 
 
@@ -219,25 +247,26 @@ class Images(Dataset):
         used = i
         try:
             image = self.read(i)
-        except RuntimeError:
-            used, image = self.substitute(i)
+        except ValueError as error:
+            used, image = self.substitute(i, error)
         if image.shape[1:] != tuple(self.size):
             image = F.interpolate(image[None], self.size, mode="bilinear", antialias=True)[0]
         return image, used
 
     def read(self, i):
-        """Image i as it is. Raises RuntimeError if it cannot be read."""
+        """Image i as it is. Raises ValueError if it cannot be read."""
         return read_image(self.tracklets.root / self.tracklets.path(i))
 
-    def substitute(self, i):
-        """Another image in the place of one that cannot be read."""
+    def substitute(self, i, error):
+        """Another image in the place of one that cannot be read, for which the error is raised if
+        there is none."""
         same = np.flatnonzero(self.tracklets.track == self.tracklets.track[i])
         after = np.roll(same, -np.searchsorted(same, i))
         near = np.flatnonzero(self.tracklets.video == self.tracklets.video[i])
         for other in np.concatenate([after, near]).tolist():
-            with suppress(RuntimeError):
+            with suppress(ValueError):
                 return other, self.read(other)
-        raise ValueError(f"{self.tracklets.root / self.tracklets.path(i)}: cannot be read")
+        raise error
 
 
 def load_batches(tracklets, batches, size, workers=0):
@@ -253,16 +282,20 @@ def load_batches(tracklets, batches, size, workers=0):
     )
     allowed = max(10, 0.01 * sum(map(len, batches)))
     bad = []
-    for batch, (images, used) in zip(batches, loader):
-        for i, other in zip(batch, used.tolist()):
-            if i != other and i not in bad:
-                bad.append(i)
-                path = tracklets.root / tracklets.path(i)
-                warnings.warn(f"{path}: cannot be read, replaced by {tracklets.path(other)}")
-        if len(bad) > allowed:
-            first = tracklets.root / tracklets.path(bad[0])
-            raise ValueError(f"{first}: cannot be read, one of {len(bad)}, more than 1%")
-        yield images
+    try:
+        for batch, (images, used) in zip(batches, loader):
+            for i, other in zip(batch, used.tolist()):
+                if i != other and i not in bad:
+                    bad.append(i)
+                    path = tracklets.root / tracklets.path(i)
+                    warnings.warn(f"{path}: cannot be read, replaced by {tracklets.path(other)}")
+            if len(bad) > allowed:
+                first = tracklets.root / tracklets.path(bad[0])
+                raise ValueError(f"{first}: cannot be read, one of {len(bad)}, more than 1%")
+            yield images
+    except ValueError as error:
+        # of a worker's error the last line is the error, what is above it is where it came from
+        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
 def ignore_signals(worker):
@@ -274,6 +307,7 @@ def ignore_signals(worker):
 @atexit.register
 def end_workers():
     """At its end Python sends SIGTERM to workers, which they ignore, and would wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report that they died
     for worker in multiprocessing.active_children():
         worker.kill()
 
@@ -316,16 +350,22 @@ def sample_identities(labels, K, batch, seed, epoch, steps):
 
 
 # ---------------------------------------------------------------- crops from videos
-def start_folder(folder):
-    """A hidden folder beside `folder`, which is to appear whole, by os.replace, or not at all.
-    Raises ValueError if that exists."""
+@contextmanager
+def whole_folder(folder):
+    """A hidden folder to write into, which becomes `folder` if nothing goes wrong, and else is
+    removed. Raises FileExistsError if that exists, OSError where it cannot be written."""
     folder = Path(folder)
     if folder.exists():
-        raise ValueError(f"{folder}: exists already; delete it or choose another")
-    beside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    return beside
+        raise FileExistsError(f"{folder}: exists already; delete it or choose another")
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        os.replace(beside, folder)
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def read_tracks(file):
@@ -333,15 +373,19 @@ def read_tracks(file):
     (frame, track, corners of the box, confidence or 1). Raises ValueError, with the line, for
     anything else."""
     rows = []
-    for n, line in enumerate(open(file), 1):
-        values = line.replace(",", " ").split()
+    lines = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    for n, line in enumerate(lines, 1):
+        values = line.replace(b",", b" ").split()
         if not values:
             continue
         try:
-            frame, track = map(np.int64, values[:2])
+            frame, track = map(int, values[:2])
             left, top, width, height = map(float, values[2:6])
             corners = [round(edge) for edge in (left, top, left + width, top + height)]
             score = float(values[6]) if len(values) > 6 else 1
+            largest = max(map(abs, [frame, track, *corners]))
+            if frame < 0 or largest > LARGEST or not math.isfinite(score):
+                raise ValueError(f"got {line.decode()}")
         except (ValueError, OverflowError) as error:
             wanted = "frame,id,left,top,width,height,... with whole numbers as frame and id"
             raise ValueError(f"{file}, line {n}: expected {wanted}; {error}") from None
@@ -356,9 +400,9 @@ def choose_boxes(tracks, every, confidence):
     its first frame, and how many boxes are dropped for which reason. For the arguments see `crop`.
     """
     rows = read_tracks(tracks)
-    flagged = {row[3] for row in rows} <= {0, 1}
+    flagged = {row[3] for row in rows} <= {-1, 0, 1}
     if flagged and confidence > -np.inf:
-        raise ValueError(f"{tracks}: no confidences, column 7 holds only 0 and 1")
+        raise ValueError(f"{tracks}: no confidences, column 7 holds only -1, 0 and 1")
     truth = flagged and Path(tracks).name == "gt.txt"
     first = min(row[0] for row in rows)
     chosen = defaultdict(dict)
@@ -376,11 +420,18 @@ def choose_boxes(tracks, every, confidence):
             dropped["second boxes of a track in a frame"] += 1
         else:
             chosen[frame][track] = corners
+    if not chosen:
+        raise ValueError(f"{tracks}: no boxes are left; dropped: {reasons(dropped)}")
     return chosen, first, dropped
 
 
+def reasons(dropped):
+    """How many boxes were dropped for which reason, in words."""
+    return ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "none"
+
+
 def read_frames(video, wanted, first):
-    """Yield (number, uint8 (3, H, W)) for those of the wanted frames that can be read: of a folder,
+    """Yield (number, uint8 (3, H, W)) for those of the wanted frames that are there: of a folder,
     where names end in numbers, or of a video file, whose first frame has the number `first`."""
     if video.is_dir():
         yield from read_folder(video, wanted)
@@ -393,6 +444,8 @@ def read_frames(video, wanted, first):
         raise ValueError(f"{video}: video files take av from 14.1 on: pip install -U av") from None
     numbers = range(first, max(wanted) + 1)
     with av.open(str(video)) as container:
+        if not container.streams.video:
+            raise ValueError(f"{video}: holds no video")
         container.streams.video[0].thread_type = "AUTO"
         for number, frame in zip(numbers, container.decode(video=0)):
             if number in wanted:
@@ -404,16 +457,19 @@ def read_folder(folder, wanted):
     """`read_frames` of a folder of images."""
     files = {}
     starts = set()
-    for file in folder.glob("*.[jJpP]*[gG]"):
-        start, number = re.fullmatch(r"(.*?)(\d*)", file.stem).groups()
-        starts.add(start)
-        if number:
-            files[int(number)] = file
+    for file in os.listdir(folder):
+        match = re.fullmatch(r"(?i)(?!\.)(.*?)(\d+)\.(jpe?g|png)", file)
+        if match:
+            starts.add(match[1])
+            number = int(match[2])
+            if number in files:
+                raise ValueError(f"{folder / file}: has the same number as {files[number].name}")
+            files[number] = folder / file
     # of 12-00-59 and 12-01-00 the last number does not tell the order
     if len(starts) != 1:
         raise ValueError(f"{folder}: expected one kind of names, such as 000001.jpg; got {starts}")
     for number in sorted(wanted):
-        with suppress(KeyError, RuntimeError):
+        if number in files:
             yield number, read_image(files[number])
 
 
@@ -425,28 +481,42 @@ def crop(video, tracks, out, every=1, confidence=-np.inf, min_size=(1, 1)):
     of a box inside the frame. In a truth, a file gt.txt, column 7 says by 0 or 1 whether a box is
     to be considered: 1 for people. A video file's frames are numbered from 0 if the tracks name a
     frame 0, else from 1. Raises ValueError for wrong input and frames that cannot be read."""
-    video = Path(video).absolute()
+    video = Path(os.path.abspath(video))
     if not video.exists():
         raise ValueError(f"{video}: no such file or folder")
-    place = video.parent if video.name == "img1" else video
-    folder = Path(out) / place.stem
+    folder = Path(out) / name_of(video)
     chosen, first, dropped = choose_boxes(tracks, every, confidence)
-    beside = start_folder(folder)
     crops = 0
-    for number, image in read_frames(video, chosen, min(first, 1)):
-        for track, corners in chosen.pop(number).items():
-            left, top, right, bottom = np.maximum(corners, 0)
-            part = image[:, top:bottom, left:right]
-            if part.shape[1] < min_size[0] or part.shape[2] < min_size[1]:
-                dropped["too small"] += 1
-            else:
-                write_jpeg(part.contiguous(), f"{beside}/{track:06d}_{number:07d}_00.jpg", 95)
-                crops += 1
-    if chosen:
-        raise ValueError(f"{video}: cannot read {len(chosen):,} frames, the first: {min(chosen)}")
-    os.replace(beside, folder)
-    reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items())
-    print(f"{folder}: {crops:,} crops; dropped: {reasons or 'none'}", flush=True)
+    with whole_folder(folder) as beside:
+        for number, image in read_frames(video, chosen, min(first, 1)):
+            for track, corners in chosen.pop(number).items():
+                left, top, right, bottom = np.maximum(corners, 0)
+                part = image[:, top:bottom, left:right]
+                if part.shape[1] < min_size[0] or part.shape[2] < min_size[1]:
+                    dropped["too small"] += 1
+                else:
+                    write_image(f"{beside}/{track:06d}_{number:07d}_00.jpg", part, 95)
+                    crops += 1
+        if chosen:
+            missing = f"{len(chosen):,} frames that the tracks name, the first: {min(chosen)}"
+            raise ValueError(f"{video}: does not hold {missing}")
+        if crops == 0:
+            raise ValueError(f"{tracks}: no boxes are left; dropped: {reasons(dropped)}")
+    print(f"{folder}: {crops:,} crops; dropped: {reasons(dropped)}", flush=True)
+
+
+def write_image(file, image, quality):
+    """A JPEG file of an image, uint8 (3, H, W). (torchvision's write_jpeg is silent where the disk
+    is full.) Raises OSError."""
+    Path(file).write_bytes(encode_jpeg(image.contiguous(), quality).numpy())
+
+
+def name_of(video):
+    """What the folder of a video's tracklets is called; a sequence of MOTChallenge is <name>/img1.
+    """
+    if video.name == "img1":
+        return video.parent.name
+    return video.name if video.is_dir() else video.stem
 
 
 def crop_split(split, tracks, out, *options):
@@ -454,14 +524,16 @@ def crop_split(split, tracks, out, *options):
     or a tracker's <tracks>/<sequence>.txt. Of MOT17's three copies of a video one is taken. What
     was cropped before is passed over, so that one may go on."""
     done = set()
-    for frames in sorted(Path(split).glob("*/img1")):
-        sequence = frames.parent
-        file = Path(tracks) / f"{sequence.name}.txt" if tracks else sequence / "gt/gt.txt"
-        if not file.exists():
-            print(f"{file}: no such file, {sequence.name} is left out", flush=True)
+    for name in sorted(os.listdir(split)):
+        frames = Path(split) / name / "img1"
+        file = Path(tracks) / f"{name}.txt" if tracks else Path(split) / name / "gt/gt.txt"
+        if not frames.is_dir():
             continue
-        video = re.sub("-(DPM|FRCNN|SDP)$", "", sequence.name)
-        if video not in done and not (Path(out) / sequence.name).exists():
+        if not file.exists():
+            print(f"{file}: no such file, {name} is left out", flush=True)
+            continue
+        video = re.sub("-(DPM|FRCNN|SDP)$", "", name)
+        if video not in done and not (Path(out) / name).exists():
             crop(frames, file, out, *options)
         done.add(video)
     if not done:
@@ -486,11 +558,10 @@ def draw_walkers(
 
     test/ holds other people and videos than train/, fewer frames of each and no identity switches.
     noise scales how often the tracker of train/ fails; 0 is a perfect one. The root appears whole
-    or not at all. Raises ValueError if it exists."""
-    beside = start_folder(root)
-    draw_split(beside / "train", [seed, 0], people, videos, (14, 24), noise, True)
-    draw_split(beside / "test", [seed, 1], held_out, test_videos, (6, 10), 1, False)
-    os.replace(beside, root)
+    or not at all. Raises FileExistsError if it exists."""
+    with whole_folder(root) as beside:
+        draw_split(beside / "train", [seed, 0], people, videos, (14, 24), noise, True)
+        draw_split(beside / "test", [seed, 1], held_out, test_videos, (6, 10), 1, False)
 
 
 def draw_split(folder, seed, people, videos, frames, noise, switches):
@@ -504,7 +575,7 @@ def draw_split(folder, seed, people, videos, frames, noise, switches):
         for box, image in zip(part, torch.from_numpy(images)):
             file = folder / "video_{:03d}/{:06d}_{:07d}_00.jpg".format(*box)
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_jpeg(image, str(file), quality=90)
+            write_image(file, image, 90)
     boxes.sort(order=["video", "track", "frame"])
     write_labels(f"{folder}.json", read_tracklets(folder), boxes.person)
 
@@ -779,8 +850,8 @@ def main():
     add("--confidence", type=float, default=-np.inf, help="drop boxes of a lower one")
     add("--min_size", type=int, nargs=2, default=(1, 1), help="height, width: drop smaller boxes")
     args = parser.parse_args()
-    if min(args.every, *args.min_size) < 1:
-        parser.error("--every and --min_size: expected numbers from 1")
+    if min(args.every, *args.min_size) < 1 or math.isnan(args.confidence):
+        parser.error("--every and --min_size: expected numbers from 1, --confidence: a number")
     options = args.every, args.confidence, args.min_size
     if args.split and not args.video:
         crop_split(args.split, args.tracks, args.out, *options)

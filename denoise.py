@@ -12,6 +12,7 @@ centroid for each tracklet. Read first: `noise`, `trim`, `reallocate`, `links`, 
 """
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -227,6 +228,7 @@ def closure(centroids, sigma_drm, r_s):
 
 def connected(i, j, n):
     """Numbers (n,) of the connected components of links i, j between 0..n-1."""
+    i, j = np.array([i, j], np.int32)  # connected_components of SciPy 1.11 takes no others
     linked = csr_array((np.ones_like(i, bool), (i, j)), shape=(n, n))
     return connected_components(linked, directed=False)[1]
 
@@ -280,6 +282,7 @@ def denoise(
     distances, r_s is in tracklets. paper: eq. 4 to 7 to the letter, thresholds 0.2 and 0.18 unless
     given; else with our ADDITIONS but those in `without`, and thresholds from `calibrate`. Raises
     ValueError for what is no index, and features that are zero or not finite."""
+    check_thresholds(sigma_cst, sigma_drm, r_s)
     index = check_arrays(features, video, track, frame)
     sigmas = thresholds(features, index, sigma_cst, sigma_drm, r_s, paper)
     for _, labels in level_by_level(features, index, sigmas, r_s, paper, levels, without):
@@ -331,6 +334,15 @@ def thresholds(features, index, sigma_cst, sigma_drm, r_s, paper):
         found = PAPER if paper else calibrate(features, *index, r_s)
         sigmas = [other if sigma is None else sigma for sigma, other in zip(sigmas, found)]
     return sigmas
+
+
+def check_thresholds(sigma_cst, sigma_drm, r_s):
+    """Raises ValueError for what are no cosine distances, or no range."""
+    for name, sigma in (("sigma_cst", sigma_cst), ("sigma_drm", sigma_drm)):
+        if sigma is not None and not 0 <= sigma <= 2:
+            raise ValueError(f"{name} {sigma}: expected a distance from 0 to 2")
+    if not r_s >= 1:
+        raise ValueError(f"r_s {r_s}: expected at least 1 tracklet")
 
 
 def check_arrays(features, video, track, frame):
@@ -623,13 +635,13 @@ def denoise_tracklets(
 ):
     """`denoise` an index of tracklets in the space of its features (N, d); prints a line a level.
 
-    scratch: a file for the placed features, which nobody sees. truth (N,) is only measured against.
+    scratch: a file for the placed features, gone at the end. truth (N,) is only measured against.
     Returns labels (N,) and figures for log.jsonl."""
     index = check_arrays(features, tracklets.video, tracklets.track, tracklets.frame)
     if not paper:
         space = fit_space(features, *index[:2], "center" not in without, "whiten" not in without)
         shape = (len(tracklets), space.matrix.shape[1])
-        placed = np.memmap(scratch, np.float16, "w+", shape=shape)
+        placed = new_map(scratch, shape)
         # what is mapped stays, and goes with the program, however that ends
         os.unlink(scratch)
         features = place(features, *index, space, placed)
@@ -669,7 +681,8 @@ def show_identities(file, tracklets, labels, people=12, columns=14):
 def parse_flags():
     """Flags of the program."""
     parser = argparse.ArgumentParser(
-        description="Find the identities in a folder of tracklets and write them as an annotation."
+        description="Find the identities in a folder of tracklets and write them as an annotation.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument
     flag("--data", default="data/walkers", help="folder of tracklets; its train/ beside a test/")
@@ -686,10 +699,22 @@ def parse_flags():
     flag("--r_s", type=int, default=1000, help="half-width of the sliding range, in tracklets")
     flag("--levels", type=int, default=3, choices=(1, 2, 3), help="within tracklets, videos, all")
     flag("--without", nargs="+", default=(), choices=ADDITIONS, help="additions to leave out")
-    args = parser.parse_args()
-    if args.r_s < 1:
-        parser.error(f"--r_s {args.r_s}: expected at least 1 tracklet")
-    return args
+    return parser.parse_args()
+
+
+def new_map(file, shape):
+    """A new .npy file as an array of float16. Its space on the disk is taken at once: a map that
+    finds none later ends the program with a bus error. Raises OSError."""
+    size = 2 * math.prod(shape)
+    try:
+        features = np.lib.format.open_memmap(file, "w+", np.float16, shape)
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            with open(file, "r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, os.path.getsize(file))
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise OSError(f"{file}: cannot take {size / 1e6:,.0f} MB: {error.strerror}") from None
+    return features
 
 
 def extract_features(backbone, tracklets, size, device, workers, file):
@@ -699,8 +724,7 @@ def extract_features(backbone, tracklets, size, device, workers, file):
     hidden = file.with_name("." + file.name)
     features = None
     if not dist.is_initialized() or dist.get_rank() == 0:
-        shape = len(tracklets), backbone.embed_dim
-        features = np.lib.format.open_memmap(hidden, "w+", np.float16, shape)
+        features = new_map(hidden, (len(tracklets), backbone.embed_dim))
     extract(backbone, tracklets, size, device, workers, out=features)
     if features is not None:
         os.replace(hidden, file)
@@ -728,6 +752,7 @@ def read_features(args, tracklets, out):
 def main():
     """Features in, labels out."""
     args = parse_flags()
+    check_thresholds(args.sigma_cst, args.sigma_drm, args.r_s)
     train_folder, test_folder = find_splits(args.data)
     tracklets = read_tracklets(train_folder)
     if args.index:
@@ -751,7 +776,7 @@ def main():
         truth = read_labels(labelled, tracklets)
     print(f"{train_folder}: {tracklets}", flush=True)
     options = {name: getattr(args, name) for name in OPTIONS}
-    scratch = out.with_suffix(".scratch")
+    scratch = out.with_name(f".{out.stem}.placed.npy")
     labels, figures = denoise_tracklets(tracklets, features, scratch, truth, **options)
     write_labels(out, tracklets, labels)
     out.with_suffix(".summary.json").write_text(json.dumps(figures, indent=1))

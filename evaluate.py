@@ -22,7 +22,7 @@ from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torchvision.utils import save_image
 
-from data import Images, Tracklets, framed, load_batches, read_labels, read_tracklets
+from data import LARGEST, Images, Tracklets, framed, load_batches, read_labels, read_tracklets
 from model import load_backbone, normalize
 
 
@@ -114,6 +114,7 @@ def score(rows, query_ids, gallery_ids, query_cams, gallery_cams):
     first_ranks = []
     queries = zip(rows, query_ids, query_cams, strict=True)
     for q, (similarity, person, camera) in enumerate(queries):
+        similarity = np.asarray(similarity)
         if not np.isfinite(similarity).all():
             raise ValueError(f"similarities of query {q} are not finite")
         same = gallery_ids == person
@@ -324,10 +325,13 @@ def read_msmt17(root):
     folder = "mask_test_v2" if (root / "mask_test_v2").exists() else "test"
     splits = {"list_query.txt": [], "list_gallery.txt": []}
     for file, items in splits.items():
-        for line in (root / file).read_text().splitlines():
+        for n, line in enumerate((root / file).read_text().splitlines(), start=1):
+            if not line.strip():
+                continue
             match = re.fullmatch(r"(\d+/\d+_\d+_(\d+)_\S+) (\d+)", line.strip())
             if not match:
-                raise ValueError(f"{root / file}: expected a path and an identity, got '{line}'")
+                wanted = "expected a path and an identity"
+                raise ValueError(f"{root / file}, line {n}: {wanted}, got '{line}'")
             path, camera, person = match.groups()
             items.append(([f"{folder}/{path}"], int(person), int(camera)))
     return build_benchmark(root, *splits.values())
@@ -348,6 +352,8 @@ def read_mars(root):
             continue
         # 0001C1T0001F001.jpg is in the folder 0001
         paths = [f"bbox_test/{name[:4]}/{name}" for name in names[first - 1 : last]]
+        if not 1 <= len(paths) == last - first + 1:
+            raise ValueError(f"{root}/info/test_name.txt: has no lines {first} to {last}")
         split = query if number in query_numbers else others
         split.append((paths, person, camera))
     benchmark = build_benchmark(root, query, others)
@@ -357,6 +363,8 @@ def read_mars(root):
 def build_benchmark(root, query, gallery):
     """The benchmark of two lists of items (paths below the root, identity, camera)."""
     files, ids, cams = zip(*query, *gallery)
+    if max(ids + cams) > LARGEST:
+        raise ValueError(f"{root}: expected identities and cameras below 2**63: {max(ids + cams)}")
     paths = np.concatenate(files)
     for path in paths:
         os.stat(root / path)  # raises FileNotFoundError
@@ -432,7 +440,7 @@ def main():
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="of images, if the weights don't say")
     add("--workers", type=int, default=1, help="processes that decode images")
     add("--rerank", action="store_true", help="also after re-ranking")
-    add("--show", type=int, metavar="N", help="draw the N worst queries beside the weights")
+    add("--show", type=int, default=0, help="draw so many of the worst queries, beside the weights")
     args = parser.parse_args()
     device = join_processes()
     benchmark = read_benchmark(args.data, args.labels)
@@ -449,7 +457,7 @@ def main():
     for name, result in results.items():
         figures = [f"{key} {result[key]:.1%}" for key in ("mAP", "R1", "R5", "R10", "mINP")]
         print(f"{name}: {', '.join(figures)}, {result['queries']:,} queries")
-    if args.show:
+    if args.show > 0:
         order = np.argsort(results["plain"]["ap"])
         worst = benchmark.query[order[: args.show]]
         file = Path(args.weights).with_suffix(f".{Path(args.data).resolve().name}.jpg")

@@ -12,16 +12,20 @@ Read first: `ResNet`, `build`, `load_weights`.
 """
 import argparse
 import copy
+import io
 import os
 import re
 import sys
 import types
+import warnings
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1, conv3x3
+
+from data import whole_file
 
 # over ImageNet's images, as in the paper
 MEAN = (0.485, 0.456, 0.406)
@@ -236,8 +240,10 @@ def build(arch):
         network = build_timm(arch.removeprefix("timm/"))
     elif arch in torchvision.models.list_models(torchvision.models):
         network = torchvision.models.get_model(arch)
-        modules = network.named_modules()
-        name, last = [pair for pair in modules if isinstance(pair[1], nn.Linear)][-1]
+        linear = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Linear)]
+        if not linear:
+            raise ValueError(f"{arch}: has no linear layer that could be taken off")
+        name, last = linear[-1]
         network.embed_dim = last.in_features
         network.set_submodule(name, nn.Identity())
     else:
@@ -305,23 +311,39 @@ def sync_batch_norm(network):
 
 def read_checkpoint(file):
     """The dict in a file of torch.save, tensors and plain values: nothing in the file is executed.
-    Raises ValueError."""
+    Raises OSError where there is no such file, ValueError for another format."""
     try:
         # the authors keep their command line in the file
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # whatever a missing, foreign or damaged file makes them raise
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a foreign or damaged file makes it raise
         raise ValueError(f"{file}: cannot be read as weights: {type(error).__name__}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected a dict of weights, got a {type(found).__name__}")
+    return {str(name): value for name, value in found.items()}
+
+
+def write_checkpoint(file, content):
+    """Write a file of torch.save, which appears whole or not at all. Raises OSError."""
+    # into memory first: on a full disk torch.save does not say what is wrong
+    memory = io.BytesIO()
+    torch.save(content, memory)
+    with whole_file(file) as out:
+        out.write(memory.getbuffer())
 
 
 def backbone_weights(checkpoint):
     """The state dict in a checkpoint, the teacher's if there is one, without prefixes of names."""
-    for key in ("teacher", "model_ema", "model", "state_dict"):
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
+    keys = ("teacher", "model_ema", "state_dict_ema", "model", "state_dict")
+    inner = [checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)]
+    if inner:
+        return backbone_weights(inner[0])
     state = {}
     for name, value in checkpoint.items():
-        if isinstance(value, torch.Tensor) and not value.is_quantized:
+        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        if plain and not value.is_quantized:
             name = re.sub(r"^((module|backbone|base|model|_orig_mod|encoder_q)\.)+", "", str(name))
             state[name] = value
     return state
@@ -333,6 +355,9 @@ def vit_positions(file, positions):
     n = positions.shape[1] - 1
     if n not in GRIDS:
         raise ValueError(f"{file}: {n} position embeddings; known grids are {GRIDS}")
+    height, width = GRIDS[n]
+    if n == 192:  # 256x192 images have as many
+        warnings.warn(f"{file}: {n} position embeddings are taken for {height} x {width} tokens")
     grid = positions[:, 1:].unflatten(1, GRIDS[n])
     grid = resize_positions(grid, (16, 8)).flatten(1, 2)
     return torch.cat([positions[:, :1], grid], dim=1)
@@ -352,11 +377,11 @@ def load_weights(model, file):
     if translate and own.keys().isdisjoint(state):
         try:
             state = translate(state, model)
-        except (KeyError, RuntimeError):
-            pass  # another network's weights, which are refused below
+        except Exception:  # whatever it makes of another network's weights: refused below
+            pass
     if "pos_embed" in state:
         positions = state["pos_embed"].float()
-        if isinstance(model, ViT):
+        if isinstance(model, ViT) and positions.ndim == 3:
             state["pos_embed"] = vit_positions(file, positions)
         elif positions.ndim == 4 and "pos_embed" in own:  # VOLO's (1, h, w, C)
             state["pos_embed"] = resize_positions(positions, own["pos_embed"].shape[1:3])
@@ -368,7 +393,8 @@ def load_weights(model, file):
     found = sum(value.numel() for value in matched.values())
     share = found / sum(value.numel() for value in own.values())
     if share < 0.9:
-        raise ValueError(f"{file}: has only {share:.0%} of the weights of this network")
+        names = f"it has {list(state)[:3]}, expected are {list(own)[:3]}"
+        raise ValueError(f"{file}: has only {share:.0%} of this network's weights: {names}")
     for name, value in matched.items():
         if not value.isfinite().all():
             raise ValueError(f"{file}: {name} holds numbers that are not finite")
@@ -391,13 +417,17 @@ def describe(report):
 def load_backbone(weights, arch=None, size=None):
     """A backbone with weights, in eval mode, and its input size (H, W), both as the checkpoint
     says unless given."""
-    settings = read_checkpoint(weights).get("settings", {})
+    settings = read_checkpoint(weights).get("settings")
+    if not isinstance(settings, dict):
+        settings = {}
     arch = arch or settings.get("arch")
     if arch is None:
         raise ValueError(f"{weights}: does not say which architecture it is for; add --arch")
     size = tuple(size or settings.get("size", (256, 128)))
     backbone = build(arch).eval()
-    print(f"{weights}: {describe(load_weights(backbone, weights))}")
+    report = load_weights(backbone, weights)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{weights}: {describe(report)}")
     check_sizes(backbone, arch, [size])
     return backbone, size
 
@@ -405,13 +435,14 @@ def load_backbone(weights, arch=None, size=None):
 def export(file, out, names="authors"):
     """Write the teacher's backbone of our checkpoint for other code: under the names of the
     authors' release, or plain ones. An existing file is not overwritten."""
+    teacher = read_checkpoint(file).get("teacher")
+    if not isinstance(teacher, dict) or "head.last_layer.weight" not in teacher:
+        raise ValueError(f"{file}: is not a checkpoint of train.py")
     weights = {
         name.removeprefix("backbone."): value
-        for name, value in read_checkpoint(file).get("teacher", {}).items()
+        for name, value in teacher.items()
         if name.startswith("backbone.")
     }
-    if not weights:
-        raise ValueError(f"{file}: is not a checkpoint of train.py")
     if names == "authors":
         # their networks with batch norms are wrapped in a module
         wrapped = any(name.endswith("running_mean") for name in weights)
@@ -419,8 +450,7 @@ def export(file, out, names="authors"):
         weights = {"teacher": {prefix + name: value for name, value in weights.items()}}
     if os.path.exists(out):
         raise ValueError(f"{out}: exists already")
-    torch.save(weights, f"{out}.part")
-    os.replace(f"{out}.part", out)
+    write_checkpoint(out, weights)
     print(f"written: {out}")
 
 
@@ -447,5 +477,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"model.py: {error}")

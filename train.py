@@ -53,6 +53,7 @@ from model import (
     normalize,
     read_checkpoint,
     sync_batch_norm,
+    write_checkpoint,
 )
 
 # ---------------------------------------------------------------- settings
@@ -204,7 +205,8 @@ def parse_settings(argv=None):
     if s.identities == "instance":
         s.K = (1,) * len(s.K)
     if not s.name:
-        s.name = f"{data_folder(s).resolve().name}-{s.arch.replace('/', '-')}"
+        folder = data_folder(s).resolve().name.lstrip(".")
+        s.name = f"{folder}-{s.arch.replace('/', '-')}"
         if s.identities != "cion":
             s.name += f"-{s.identities}"
     check_settings(s)
@@ -218,8 +220,8 @@ def check_settings(s):
         high = f.metadata["high"]
         values = np.atleast_1d(getattr(s, f.name))
         for value in values:
-            # not (a and b), so that nan is refused too
-            if None not in (low, value) and not low <= value <= high:
+            # not (a and b), so that nan is refused too; no setting may be infinite
+            if None not in (low, value) and not (low <= value <= high and value < math.inf):
                 raise ValueError(f"--{f.name} {value}: expected {low} to {high}")
     if len(s.K) != len(s.epochs):
         raise ValueError(f"--K {s.K} and --epochs {s.epochs}: give each phase its epochs")
@@ -333,7 +335,7 @@ class State:
     teacher: Network
     optimizer: torch.optim.Optimizer
     center: torch.Tensor  # (D,), the running center of the teacher's logits
-    images: str  # a digest of the index, whose rows the labels are of
+    images: str  # a digest of the index and of the labels to begin with
     step: int = 0
     rounds: int = 0  # how often identities were found
     labels: torch.Tensor | None = None  # int32 (N,), the identities found last
@@ -370,9 +372,8 @@ def make_optimizer(student):
 
 
 def save(state, s):
-    """Write last.pt beside the old one and to the disk before it takes its place, so that a crash
-    at any moment destroys nothing. Raises FloatingPointError, and leaves the old one, where a
-    parameter is not finite."""
+    """Write last.pt, which appears whole or not at all. Raises FloatingPointError, and leaves the
+    old one, where a parameter is not finite."""
     for parameter in state.student.parameters():
         if not parameter.isfinite().all():
             raise FloatingPointError(
@@ -384,12 +385,7 @@ def save(state, s):
         checkpoint = vars(state) | {"settings": asdict(s)}
         for name in ("student", "teacher", "optimizer"):
             checkpoint[name] = checkpoint[name].state_dict()
-        beside = s.folder / ".last.pt"
-        with open(beside, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, s.folder / "last.pt")
+        write_checkpoint(s.folder / "last.pt", checkpoint)
     dist.barrier(group=waiting_group())
 
 
@@ -405,11 +401,11 @@ def resume(state, s):
             if name not in CHANGE_NOTHING and then != value:
                 differ.append(f"--{name} {then} there, {value} here")
         if found.get("images") != state.images:
-            differ.append("images of other names or number")
+            differ.append("images of other names, number or labels")
         if differ:
             raise ValueError(
-                f"{s.folder} was made with other settings ({'; '.join(differ)}); delete it, or "
-                "give another --name"
+                f"{s.folder} was made with other settings ({'; '.join(differ)}); give this run "
+                "another --name"
             )
         for name in ("student", "teacher", "optimizer"):
             getattr(state, name).load_state_dict(found[name])
@@ -579,7 +575,11 @@ def read_inputs(s):
     root = data_folder(s)
     if not s.data and not root.exists() and dist.get_rank() == 0:
         say("data", f"drawing walkers into {root}/")
-        data.draw_walkers(root, s.seed)
+        try:
+            data.draw_walkers(root, s.seed)
+        except OSError:
+            if not root.exists():  # else another run has drawn the same ones
+                raise
     dist.barrier(group=waiting_group())
     train_folder, test_folder = data.find_splits(root)
     truth = None
@@ -630,12 +630,12 @@ def find_identities(s, state, tracklets, truth):
     average_buffers(state.teacher)
     backbone = state.teacher.backbone
     device = state.center.device
-    file = s.folder / "features.npy"
+    file = s.folder / ".features.npy"
     features = extract_features(backbone, tracklets, s.size, device, s.workers, file)
     state.labels = torch.empty(len(tracklets), dtype=torch.int32)
     if features is not None:  # on the first process
         options = {name: getattr(s, name) for name in OPTIONS}
-        scratch = s.folder / ".placed"
+        scratch = s.folder / ".placed.npy"
         labels, figures = denoise_tracklets(tracklets, features, scratch, truth, **options)
         file.unlink()
         log(s, "denoise", step=state.step, **figures)
@@ -671,7 +671,7 @@ def main():
     # what the run's folder holds already
     s.folder.mkdir(parents=True, exist_ok=True)
     center = torch.zeros(s.prototypes, device=device)
-    state = State(student, teacher, make_optimizer(student), center, tracklets.digest())
+    state = State(student, teacher, make_optimizer(student), center, tracklets.digest(labels))
     resume(state, s)
     if state.step == 0:
         measure(s, state, benchmark, "weights" if s.weights else "random")

@@ -1,5 +1,6 @@
 """What several test files share: the modules on the path, tiny sets of walkers, and programs run in
 this process, since starting another one takes longer than most tests."""
+import contextlib
 import importlib
 import json
 import shutil
@@ -17,6 +18,18 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 # What makes a run of train.py tiny: nine steps.
 TINY = """--arch r10ibn --recipe demo --size 64 32 --batch 16 --head 32 16 --prototypes 32 --K 2 4
     --epochs 1 1 --rounds 2 --epoch_steps 3 --log_every 1 --workers 0""".split()
+
+
+@contextlib.contextmanager
+def full_disk(room):
+    """Within this no file can grow beyond so many bytes."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def checkpoint(folder):

@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.io import write_jpeg, write_png
 
 import data
+from conftest import full_disk
 
 FILES = [
     "a/000001_0000001_01.jpg",
@@ -41,7 +42,7 @@ def tree(tmp_path):
 # ---------------------------------------------------------------- the index
 def test_the_index_is_sorted_by_video_track_frame_and_detection(tree):
     (tree / "a" / "notes.txt").write_text("other files are left alone")
-    make_tree(tree, [".part/000001_0000001_00.jpg"])
+    make_tree(tree, [".part/000001_0000001_00.jpg", "a/._000001_0000001_01.jpg"])
     t = data.read_tracklets(tree)
     assert [t.path(i) for i in range(len(t))] == [path.decode() for path in t.paths()] == FILES
     assert t.video.tolist() == [0, 0, 0, 1, 2]
@@ -59,7 +60,10 @@ def test_names_are_ordered_as_numbers_and_a_root_may_be_a_video(tmp_path):
     assert t.frame[-1] == 1717243240000000001
 
 
-@pytest.mark.parametrize("name", ["portrait.jpg", "1_2.jpg", "1_2_3_4.jpg", "1_2_x.jpg"])
+NAMES = ["portrait.jpg", "1_2.jpg", "1_2_3_4.jpg", "1_2_x.jpg", f"1_{2**63}_0.jpg"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_jpegs_of_other_names_are_refused(tree, name):
     make_tree(tree, [f"b/{name}"])
     with pytest.raises(ValueError, match=f"b/{name}: expected <track>_<frame>_<det>.jpg"):
@@ -93,15 +97,31 @@ def test_links_are_followed_but_not_in_circles(tmp_path, tree):
     assert paths == [*FILES, "z/000007_0000001_00.jpg"]
 
 
-def test_the_digest_tells_whether_the_files_are_the_same(tree):
-    digests = [data.read_tracklets(tree).digest()]
+def test_the_digest_tells_whether_files_and_labels_are_the_same(tree):
+    labels = np.array([0, 0, 1, 1, -1])
+    digests = [data.read_tracklets(tree).digest(labels)]
     moved = tree.rename(tree.parent / "moved")
-    assert data.read_tracklets(moved).digest() == digests[0]
+    assert data.read_tracklets(moved).digest(labels) == digests[0]
+    digests.append(data.read_tracklets(moved).digest(labels + 1))
     (moved / "b").rename(moved / "c")
-    digests.append(data.read_tracklets(moved).digest())
+    digests.append(data.read_tracklets(moved).digest(labels))
     (moved / FILES[0]).rename(moved / "a/000001_0000001_02.jpg")
-    digests.append(data.read_tracklets(moved).digest())
-    assert len(set(digests)) == 3
+    digests.append(data.read_tracklets(moved).digest(labels))
+    assert len(set(digests)) == 4
+
+
+def test_folders_may_have_names_that_are_not_utf_8(tmp_path):
+    folder = os.fsdecode(b"caf\xe9")
+    try:
+        make_tree(tmp_path, ["v/1_1_0.jpg"])
+        (tmp_path / "v").rename(tmp_path / folder)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    t = data.read_tracklets(tmp_path)
+    assert t.paths().tolist() == [b"caf\xe9/1_1_0.jpg"]
+    data.write_labels(tmp_path / "labels.json", t, np.array([3]))
+    assert data.read_labels(tmp_path / "labels.json", t).tolist() == [0]
+    assert data.read_image(tmp_path / t.path(0)).shape == (3, 16, 8)
 
 
 def test_splits_are_found_and_held_out_people_are_not_learned_from(tmp_path):
@@ -133,6 +153,8 @@ def test_labels_make_the_round_trip_in_the_published_format(tmp_path, tree, monk
         raise KeyboardInterrupt
 
     # whatever happens before it is whole, the old file stays
+    with full_disk(100), pytest.raises(OSError, match="labels.json: cannot be written: "):
+        data.write_labels(file, t, np.arange(5))
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
         data.write_labels(file, t, np.arange(5))
@@ -148,14 +170,16 @@ GOOD = {"file_path": FILES[0], "id": 1}
         ([{"file_path": "a/../../secret.jpg", "id": 1}], "../secret.jpg leaves the folder"),
         ([{"file_path": "/etc/1_1_1.jpg", "id": 1}], "leaves the folder"),
         ([{"file_path": "a/9_1_0.jpg", "id": 1}], "a/9_1_0.jpg is not among the images"),
-        ([GOOD, {"file_path": f"./{FILES[0]}", "id": 2}], "comes twice"),
-        ([{"file_path": FILES[0], "id": 0}], "whole numbers from 1"),
-        ([{"file_path": FILES[0], "id": 1.5}], "whole numbers from 1"),
-        ([{"file_path": FILES[0], "id": 2**64}], "whole numbers from 1"),
-        ([{"path": FILES[0], "id": 1}], "expected a list"),
+        ([GOOD, {"file_path": f"./{FILES[0]}", "id": 2}], f"{FILES[0]} comes twice"),
+        ([GOOD, {"file_path": FILES[1], "id": 0}, GOOD], "a whole number from 1; entry 2 is .* 0}"),
+        ([GOOD, {"file_path": FILES[1], "id": 1.5}], "entry 2 is .*1.5}"),
+        ([GOOD, {"file_path": FILES[1], "id": 2**63}], "entry 2 is .*9223372036854775808}"),
+        ([GOOD, {"file_path": FILES[1], "id": True}], "entry 2 is .*True}"),
+        ([{"file_path": 1, "id": 1}], "entry 1 is "),
+        ([{"path": FILES[0], "id": 1}], "entry 1 is "),
         ([GOOD, 3], "expected a list"),
         (GOOD, "expected a list"),
-        ([], "whole numbers from 1"),
+        ([], "expected a list"),
     ],
 )
 def test_broken_annotations_are_refused(tmp_path, tree, entries, message):
@@ -201,7 +225,14 @@ def test_an_image_that_cannot_be_read_is_the_next_of_its_tracklet(tmp_path):
     (tmp_path / files[1]).write_bytes(b"")
     assert images[4][1] == 0  # of no other tracklet but of its video
     (tmp_path / files[0]).write_bytes(b"")
-    with pytest.raises(ValueError, match=f"{files[4]}: cannot be read"):
+    with pytest.raises(ValueError, match=f"{files[4]}: cannot be read: .*8 bits"):
+        images[4]
+    with pytest.raises(ValueError, match=f"{files[3]}: cannot be read: .*No such file"):
+        images[3]
+    # of an animation nobody knows which picture is meant
+    pictures = [Image.new("RGB", (8, 16), colour) for colour in ("red", "blue")]
+    pictures[0].save(tmp_path / files[4], "gif", save_all=True, append_images=pictures[1:])
+    with pytest.raises(ValueError, match=f"{files[4]}: cannot be read: "):
         images[4]
 
 
@@ -247,17 +278,22 @@ def test_loader_workers_leave_signals_to_the_process_that_they_feed(tree):
     assert seen + [level(images[0]) for images in loading] == [0, 1, 2, 3, 4] * 4
 
 
-def test_an_error_in_a_worker_ends_the_process(tree):
+@pytest.mark.parametrize("fault", ["raises", "is killed"])
+def test_a_worker_that_fails_ends_the_process(tree, fault):
     """Workers ignore SIGTERM, with which Python would end them, and wait for, at its own end."""
-    (tree / FILES[3]).write_bytes(b"no image")
+    said = b"RuntimeError: DataLoader worker "
+    if fault == "raises":
+        (tree / FILES[3]).write_bytes(b"no image")
+        said = b"b/000002_0000010_00.jpg: cannot be read: "
     script = f"""if True:
-        import data
+        import data, multiprocessing
         loading = data.load_batches(data.read_tracklets({str(tree)!r}), [[0], [3]] * 99, (16, 8), 2)
         for images in loading:
-            pass"""
+            if {fault!r} == "is killed":
+                multiprocessing.active_children()[0].kill()"""
     command = [sys.executable, "-c", script]
     ended = subprocess.run(command, cwd=data.__file__[:-8], timeout=60, capture_output=True)
-    assert ended.returncode == 1 and b"cannot be read" in ended.stderr
+    assert ended.returncode == 1 and said in ended.stderr.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- sampling
@@ -409,8 +445,12 @@ def test_crops_show_what_the_boxes_held(tmp_path, capsys):
     for count in "4 crops", "2 too small", "1 of no track", "1 second boxes":
         assert count in said
     assert data.read_tracklets(tmp_path / "out").track.tolist() == [0, 0, 1, 1]
-    with pytest.raises(ValueError, match="out/street: exists already"):
+    with pytest.raises(OSError, match="out/street: exists already"):
         data.crop(frames, tracks, tmp_path / "out")
+    # not half of an image
+    with full_disk(500), pytest.raises(OSError, match="full/street: cannot be written: "):
+        data.crop(frames, tracks, tmp_path / "full")
+    assert os.listdir(tmp_path / "full") == []
 
 
 def test_flags_of_cropping(tmp_path, in_process, capsys):
@@ -429,9 +469,15 @@ def test_flags_of_cropping(tmp_path, in_process, capsys):
         numbers = [[int(part) for part in name.split("_")] for name in names(out / "f")]
         assert " ".join(f"{track}_{frame}" for track, frame, _ in numbers) == kept
         assert reason in capsys.readouterr().out
-    for wrong in (["--every", 0], ["--min_size", 0, 1], ["--split", tmp_path]):
+    in_process("data.py crop", *command, tmp_path / "first", "--every", 10**22)
+    assert len(names(tmp_path / "first" / "f")) == 2
+    no = ["--confidence", "nan"]
+    for wrong in (["--every", 0], ["--min_size", 0, 1], ["--split", tmp_path], no):
         with pytest.raises(SystemExit):
             in_process("data.py crop", *command, tmp_path / "no", *wrong)
+    for nothing in (["--confidence", 7], ["--min_size", 41, 1]):
+        with pytest.raises(ValueError, match="t.txt: no boxes are left; dropped: 9 "):
+            in_process("data.py crop", *command, tmp_path / "no", *nothing)
 
 
 @pytest.mark.parametrize(
@@ -449,10 +495,10 @@ def test_a_truth_keeps_who_is_to_be_considered(tmp_path, name, others, kept):
     assert names(tmp_path / "out" / "f") == [f"{track:06d}_0000001_00" for track in kept]
 
 
-@pytest.mark.parametrize("others", [(1, 0, 0.3), (1, -1, -1, -1), ()])
+@pytest.mark.parametrize("others", [(1, 0, 0.3), (1, -1, -1, -1), (-1, -1, -1, -1), ()])
 def test_confidences_are_asked_for_where_column_7_holds_none(tmp_path, others):
     tracks = make_tracks(tmp_path / "t.txt", (1, 1, 10, 10, 20, 40, *others))
-    with pytest.raises(ValueError, match="t.txt: no confidences, column 7 holds only 0 and 1"):
+    with pytest.raises(ValueError, match="t.txt: no confidences, column 7 holds only -1, 0 and 1"):
         data.crop(make_frames(tmp_path / "f", [1]), tracks, tmp_path / "no", confidence=0.5)
 
 
@@ -466,16 +512,21 @@ def test_confidences_are_asked_for_where_column_7_holds_none(tmp_path, others):
         ("1,99999999999999999999,3,4,5,6,1\n", "line 1: "),
         ("1,1,3,4,nan,6,1\n", "line 1: "),
         ("1,1,3,4,inf,6,1\n", "line 1: "),
+        ("1,1,3,4,1e30,6,1\n", "line 1: "),
+        ("1,1,3,4,5,6,nan\n", "line 1: "),
+        ("1,1,3,4,5,6,1\n-1,1,3,4,5,6,1\n", "line 2: "),
+        ("1,1,3,4,5,6,1\n1,\xff,3,4,5,6,1\n", "t.txt, line 2: "),
     ],
 )
 def test_broken_tracks_are_refused(tmp_path, text, message):
-    (tmp_path / "t.txt").write_text(text)
+    (tmp_path / "t.txt").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         data.read_tracks(tmp_path / "t.txt")
 
 
 def test_numbers_are_read_as_they_are(tmp_path):
-    (tmp_path / "t.txt").write_text("3 9007199254740993 10 10.5 20 40 0.5\n")
+    # with the mark with which Windows begins a text
+    (tmp_path / "t.txt").write_text("\ufeff3 9007199254740993 10 10.5 20 40 0.5\r\n\r\n")
     rows = data.read_tracks(tmp_path / "t.txt")
     assert rows == [(3, 2**53 + 1, [10, 10, 30, 50], 0.5)]
 
@@ -491,18 +542,20 @@ def test_frames_are_ordered_by_all_that_their_names_say(tmp_path):
         with pytest.raises(ValueError, match="f: expected one kind of names, such as 000001.jpg"):
             data.crop(frames, tracks, tmp_path / "again")
         (frames / other).unlink()
+    (frames / "cam3 shot 02.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="shot 0?2.png: has the same number as cam3 shot 0?2.png"):
+        data.crop(frames, tracks, tmp_path / "again")
 
 
 def test_frames_that_cannot_be_read_stop_it_and_no_folder_appears(tmp_path):
     frames = make_frames(tmp_path / "f", [1, 2])
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="f: cannot read 1 frames, the first: 7"):
+    with pytest.raises(ValueError, match="f: does not hold 1 frames .*, the first: 7"):
         data.crop(frames, make_tracks(tmp_path / "t.txt", box(1), box(7)), out)
-    (frames / "000002.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="f: cannot read 1 frames, the first: 2"):
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(frames / "000002.png")
+    with pytest.raises(ValueError, match="f/000002.png: cannot be read: .*8 bits"):
         data.crop(frames, make_tracks(tmp_path / "t.txt", box(1), box(2)), out)
-    assert all(name.startswith(".") for name in os.listdir(out))
-    # and what is left of it is no hindrance
+    assert os.listdir(out) == []
     data.crop(frames, make_tracks(tmp_path / "t.txt", box(1)), out)
     assert os.listdir(out) == ["f"]
 
@@ -510,20 +563,20 @@ def test_frames_that_cannot_be_read_stop_it_and_no_folder_appears(tmp_path):
 def test_a_split_of_motchallenge_at_once(tmp_path, in_process, capsys):
     split = tmp_path / "train"
     out = tmp_path / "out"
-    for name in "MOT17-02-DPM", "MOT17-02-SDP", "MOT17-04-SDP", "dancetrack0001":
+    for name in "MOT17-02-DPM", "MOT17-02-SDP", "MOT17-04-SDP", "dance.1":
         make_frames(split / name / "img1", [1, 2])
         make_tracks(split / name / "gt" / "gt.txt", box(1))
     for _ in range(2):
         in_process("data.py crop", "--split", split, "--out", out)
         files = sorted(str(file.relative_to(out)) for file in out.rglob("*.jpg"))
-        cropped = ["MOT17-02-DPM", "MOT17-04-SDP", "dancetrack0001"]
+        cropped = ["MOT17-02-DPM", "MOT17-04-SDP", "dance.1"]
         assert files == [f"{name}/000001_0000001_00.jpg" for name in cropped]
     # a tracker's results, for one of the copies
     results = make_tracks(tmp_path / "results" / "MOT17-02-SDP.txt", box(2, 5)).parent
     flags = ["--split", split, "--tracks", results, "--out", tmp_path / "other"]
     in_process("data.py crop", *flags)
     assert names(tmp_path / "other") == ["MOT17-02-SDP"]
-    assert "dancetrack0001.txt: no such file" in capsys.readouterr().out
+    assert "dance.1.txt: no such file" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no sequences with tracks"):
         in_process("data.py crop", "--split", results, "--out", out)
 
@@ -552,7 +605,7 @@ def test_a_video_file_is_cropped_at_the_frames_that_the_tracks_name(tmp_path, nu
         found = seen(tmp_path / "out" / "walk" / f"000001_{number:07d}_00.jpg")
         assert found[0] == frame and found == pytest.approx((frame, 30, 20, 40, 60), abs=8)
     tracks = make_tracks(tmp_path / "t.txt", box(1), box(20))
-    with pytest.raises(ValueError, match="walk.mp4: cannot read 1 frames, the first: 20"):
+    with pytest.raises(ValueError, match="walk.mp4: does not hold 1 frames .*, the first: 20"):
         data.crop(video, tracks, tmp_path / "no")
 
 
@@ -596,7 +649,7 @@ def test_walkers_depend_on_the_seed_alone(walkers, tmp_path):
     for split in "train", "test":
         assert contents(tmp_path / "other" / split) != contents(walkers / split)
     assert sorted(os.listdir(tmp_path)) == ["again", "other"]
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         data.draw_walkers(walkers)
 
 

@@ -4,10 +4,12 @@ A literal implementation stands before each test that uses it: float64, one samp
 after another, in the words of docs and docstrings."""
 import functools
 import itertools
+import os
 from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import full_disk
 
 import denoise as D
 from data import Tracklets
@@ -463,7 +465,7 @@ def test_people_come_out_whole(seed):
 def test_tracklets_are_denoised_in_their_space_and_figures_tell_it(options, tmp_path, capsys):
     (x, *index), truth = people(0, switches=1)
     tracklets = Tracklets(tmp_path, [], np.full(len(x), b"image"), *index)
-    scratch = tmp_path / "scratch"
+    scratch = tmp_path / "scratch.npy"
     labels, figures = D.denoise_tracklets(tracklets, x, scratch, truth, **options)
     if "paper" not in options:
         without = options.get("without", ())
@@ -493,6 +495,9 @@ def test_tracklets_are_denoised_in_their_space_and_figures_tell_it(options, tmp_
     ({"features": (100, 0.0)}, "row 100 is zero or not finite"),
     ({"frame": np.full(144, 0.5)}, "Cannot cast"),
     ({"track": (9, -1)}, "a row of features and index for each image"),
+    ({"sigma_cst": np.nan}, "sigma_cst nan: expected a distance from 0 to 2"),
+    ({"sigma_drm": -0.1}, "sigma_drm -0.1: expected a distance from 0 to 2"),
+    ({"r_s": 0}, "r_s 0: expected at least 1 tracklet"),
 ])
 def test_wrong_input_is_named(change, message, monkeypatch):
     monkeypatch.setattr(D, "parts", small_parts)
@@ -515,6 +520,23 @@ def test_tiny_inputs_work(paper):
     tracks = [0, 0, 1, 2, 2, 2]
     alike = D.denoise(np.ones((6, 3)), [0, 0, 0, 1, 1, 1], tracks, range(6), paper=paper)
     assert min(alike) >= 0 and alike[3] == alike[4] == alike[5]
+
+
+def test_a_map_has_its_space_on_the_disk_before_it_is_written(tmp_path, monkeypatch):
+    D.new_map(tmp_path / "a.npy", (1000, 1000))
+    if hasattr(os, "posix_fallocate"):
+        assert (tmp_path / "a.npy").stat().st_blocks * 512 >= 2_000_000
+
+    def no_space(*arguments):
+        raise OSError(28, "No space left on device")
+
+    message = "b.npy: cannot take 2 MB: "
+    with full_disk(1_000_000), pytest.raises(OSError, match=message):
+        D.new_map(tmp_path / "b.npy", (1000, 1000))
+    monkeypatch.setattr(os, "posix_fallocate", no_space, raising=False)
+    with pytest.raises(OSError, match=message + "No space left on device"):
+        D.new_map(tmp_path / "b.npy", (1000, 1000))
+    assert os.listdir(tmp_path) == ["a.npy"]
 
 
 def test_numbers_of_identities_may_be_large():

@@ -252,7 +252,7 @@ def test_msmt17_in_both_releases(tmp_path, folder):
     for path in (query + gallery).split()[::2]:
         write_image(tmp_path / folder / path)
     (tmp_path / "list_query.txt").write_text(query)
-    (tmp_path / "list_gallery.txt").write_text(gallery)
+    (tmp_path / "list_gallery.txt").write_text(f"\n{gallery}\n")
     benchmark = evaluate.read_benchmark(tmp_path)
     assert benchmark.ids.tolist() == [0, 0, 1] and benchmark.cams.tolist() == [1, 5, 9]
     assert benchmark.query.tolist() == [0] and benchmark.gallery.tolist() == [1, 2]
@@ -284,6 +284,18 @@ def test_mars_ranks_tracklets_by_their_mean_feature(tmp_path):
     assert (result["mAP"], result["R1"], result["R5"], result["queries"]) == (1 / 2, 0, 1, 1)
 
 
+def test_a_line_that_is_wrong_is_named(tmp_path):
+    write_mars(tmp_path)
+    file = tmp_path / "info/test_name.txt"
+    file.write_text("".join(f"{line}\n" for line in file.read_text().split()[:8]))
+    with pytest.raises(ValueError, match="test_name.txt: has no lines 8 to 9"):
+        evaluate.read_benchmark(tmp_path)
+    for name in ("list_query.txt", "list_gallery.txt"):
+        (tmp_path / name).write_text("\n0000/0000_013_01_0303morning_0020_1.jpg\n")
+    with pytest.raises(ValueError, match="list_query.txt, line 2: expected a path and an identity"):
+        evaluate.read_benchmark(tmp_path)
+
+
 @pytest.mark.parametrize("write, missing", [
     (write_market, "bounding_box_test"),
     (write_mars, "info/query_IDX.mat"),
@@ -300,6 +312,10 @@ def test_a_file_that_is_missing_is_named(tmp_path, write, missing):
 
 def test_what_is_no_benchmark_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}: expected a folder with query/"):
+        evaluate.read_benchmark(tmp_path)
+    write_image(tmp_path / f"query/{2**63}_c1.jpg")
+    (tmp_path / "bounding_box_test").mkdir()
+    with pytest.raises(ValueError, match="identities and cameras below 2..63: 9223372036854775808"):
         evaluate.read_benchmark(tmp_path)
     write_image(tmp_path / "query/stranger.jpg")
     with pytest.raises(ValueError, match="query/stranger.jpg: expected <identity>_c<camera>"):

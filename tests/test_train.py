@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, checkpoint, events, in_process, run
+from conftest import ROOT, checkpoint, events, full_disk, in_process, run
 
 import data
 import distill
@@ -64,6 +64,7 @@ def test_every_setting_has_a_line_of_help(capsys):
     ("--jitter 0.1 0.1 -0.1 0", "expected 0 to 1"),
     ("--ema 0.9 1.01", "expected 0 to 1"),
     ("--grey nan", "expected 0 to 1"),
+    ("--lr inf", "--lr inf: expected 0 to inf"),
     ("--prototypes 1", "expected 2 to inf"),
     ("--seed -1", "--seed -1: expected 0 to 4294967295"),
     ("--name ../elsewhere", "not a path"),
@@ -138,8 +139,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(moment, run, whole, mon
     """The function in which the process dies is called once more by the run that goes on."""
     module, name, count = {
         "a step": (train, "update_teacher", 5),
-        "writing": (train.torch, "save", 3),
-        "renaming": (train.os, "replace", 3),
+        "writing": (train.data.os, "fsync", 3),
+        "renaming": (train.data.os, "replace", 3),
         "denoising": (train, "denoise_tracklets", 2),
         "evaluation": (train, "evaluate_features", 4),
     }[moment]
@@ -149,8 +150,6 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(moment, run, whole, mon
     def dies(*args, **kwargs):
         calls.append(args)
         if len(calls) == count:
-            if moment == "writing":
-                args[1].write(b"half of it")
             raise Crash
         return original(*args, **kwargs)
 
@@ -199,10 +198,36 @@ def test_images_that_were_renamed_are_noticed(run, few, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(few, copy)
     run("--data", copy, "--epochs", 0, 0)
+    true = ["--data", copy, "--epochs", 0, 0, "--identities", "true", "--name", "true"]
+    run(*true)
+    truth = copy / "train.json"
+    truth.write_text(truth.read_text().replace('"id": 2}', '"id": 1}'))
+    with pytest.raises(ValueError, match="images of other names, number or labels"):
+        run(*true)
     (copy / "train" / "video_000").rename(copy / "train" / "video_999")
-    (copy / "train.json").unlink()
-    with pytest.raises(ValueError, match="images"):
+    truth.unlink()
+    with pytest.raises(ValueError, match="images of other names, number or labels"):
         run("--data", copy, "--epochs", 0, 0)
+
+
+def test_two_runs_at_once_may_draw_the_same_walkers(few, run, tmp_path, monkeypatch):
+    def another_was_first(root, seed):
+        shutil.copytree(few, root)
+        raise OSError("exists already")
+
+    monkeypatch.setattr(train.data, "draw_walkers", another_was_first)
+    assert (run("--data", "", "--epochs", 0, 0) / "last.pt").exists()
+    shutil.rmtree("data")
+    monkeypatch.setattr(train.data, "draw_walkers", lambda root, seed: os.listdir("/nowhere"))
+    with pytest.raises(OSError, match="nowhere"):
+        run("--data", "", "--epochs", 0, 0)
+
+
+def test_a_full_disk_leaves_the_last_good_state(run):
+    content = (run("--epochs", 0, 0) / "last.pt").read_bytes()
+    with full_disk(len(content) // 2), pytest.raises(OSError, match="last.pt: cannot be written: "):
+        run("--epochs", 0, 0)
+    assert {file.name for file in run("--epochs", 0, 0).glob(".*")} == set()
 
 
 def test_a_step_that_is_not_finite_leaves_the_last_good_state(run, monkeypatch):
