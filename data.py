@@ -25,13 +25,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image, encode_jpeg
+from torchvision.utils import make_grid
 
 FILE_NAME = re.compile(r"(?ai)(\d+)_(\d+)_(\d+)\.jpe?g")
 LARGEST = 2**63 - 1  # number that an array of int64 holds
+JPEG = b"\xff\xd8"  # begins such a file
 
 
 # ---------------------------------------------------------------- the index
@@ -173,7 +176,7 @@ def read_annotation(file):
         if type(path) is not str or type(identity) is not int or not 1 <= identity <= LARGEST:
             raise ValueError(f"entry {len(ids) + 1} is {str(entry):.200}")
         path = os.path.normpath(path)
-        if path.startswith(("/", "../")):
+        if path.split("/")[0] in ("", ".."):
             raise ValueError(f"{path} leaves the folder of the images")
         paths.append(os.fsencode(path))
         ids.append(identity)
@@ -183,7 +186,7 @@ def read_annotation(file):
         # a list of n entries is read as n times what `take` returns
         if not ids or entries != [None] * len(ids):
             raise ValueError("got something else")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         expected = "expected a list of file_path and id, a whole number from 1"
         raise ValueError(f"{file}: {expected}; {error}") from None
     ids = np.array(ids)
@@ -222,9 +225,14 @@ def read_identities(file, root):
 def read_image(file):
     """An image file, uint8 (3, H, W). Raises ValueError for one that cannot be read."""
     try:
-        content = torch.from_numpy(np.fromfile(file, np.uint8))
+        content = np.fromfile(file, np.uint8)
+        if content[:2].tobytes() != JPEG:
+            # in a damaged PNG torchvision's decoder ends the program
+            with PIL.Image.open(file) as image:
+                image.verify()
+        content = torch.from_numpy(content)
         image = decode_image(content, ImageReadMode.RGB, apply_exif_orientation=True)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SyntaxError) as error:
         raise ValueError(f"{file}: cannot be read: {error}") from None
     if image.dtype != torch.uint8 or image.ndim != 3:
         raise ValueError(f"{file}: cannot be read: expected one image of 8 bits a colour")
@@ -358,12 +366,12 @@ def whole_folder(folder):
     if folder.exists():
         raise FileExistsError(f"{folder}: exists already; delete it or choose another")
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    beside.mkdir(parents=True)
     try:
-        beside.mkdir(parents=True)
         yield beside
         os.replace(beside, folder)
     except OSError as error:
-        raise OSError(f"{folder}: cannot be written: {error}") from None
+        raise OSError(f"{folder}: is not made: {error}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -375,8 +383,8 @@ def read_tracks(file):
     rows = []
     lines = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     for n, line in enumerate(lines, 1):
-        values = line.replace(b",", b" ").split()
-        if not values:
+        values = line.split(b",") if b"," in line else line.split()
+        if not line.strip():
             continue
         try:
             frame, track = map(int, values[:2])
@@ -421,8 +429,12 @@ def choose_boxes(tracks, every, confidence):
         else:
             chosen[frame][track] = corners
     if not chosen:
-        raise ValueError(f"{tracks}: no boxes are left; dropped: {reasons(dropped)}")
+        raise NoBoxes(f"{tracks}: no boxes are left; dropped: {reasons(dropped)}")
     return chosen, first, dropped
+
+
+class NoBoxes(ValueError):
+    """All boxes of a track file were dropped."""
 
 
 def reasons(dropped):
@@ -443,14 +455,17 @@ def read_frames(video, wanted, first):
     except (ImportError, AttributeError):
         raise ValueError(f"{video}: video files take av from 14.1 on: pip install -U av") from None
     numbers = range(first, max(wanted) + 1)
-    with av.open(str(video)) as container:
-        if not container.streams.video:
-            raise ValueError(f"{video}: holds no video")
-        container.streams.video[0].thread_type = "AUTO"
-        for number, frame in zip(numbers, container.decode(video=0)):
-            if number in wanted:
-                upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-                yield number, torch.from_numpy(upright.copy()).permute(2, 0, 1)
+    try:
+        with av.open(str(video)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{video}: holds no video")
+            container.streams.video[0].thread_type = "AUTO"
+            for number, frame in zip(numbers, container.decode(video=0)):
+                if number in wanted:
+                    upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                    yield number, torch.from_numpy(upright.copy()).permute(2, 0, 1)
+    except av.FFmpegError as error:
+        raise ValueError(f"{video}: cannot be decoded: {error}") from None
 
 
 def read_folder(folder, wanted):
@@ -458,16 +473,17 @@ def read_folder(folder, wanted):
     files = {}
     starts = set()
     for file in os.listdir(folder):
-        match = re.fullmatch(r"(?i)(?!\.)(.*?)(\d+)\.(jpe?g|png)", file)
+        match = re.fullmatch(r"(?i)(?!\.)(.*?)(\d*)\.(jpe?g|png)", file)
         if match:
             starts.add(match[1])
-            number = int(match[2])
+            number = int(match[2] or -1)
             if number in files:
                 raise ValueError(f"{folder / file}: has the same number as {files[number].name}")
             files[number] = folder / file
-    # of 12-00-59 and 12-01-00 the last number does not tell the order
-    if len(starts) != 1:
-        raise ValueError(f"{folder}: expected one kind of names, such as 000001.jpg; got {starts}")
+    # of 12-00-59 and 12-01-00, or 59.5 and 59.25, the last number does not tell the order
+    if len(starts) != 1 or re.search(r"\d\.$", min(starts)):
+        got = f"names that begin with {sorted(starts)}" if starts else "none"
+        raise ValueError(f"{folder}: expected frames of one kind, such as 000001.jpg; got {got}")
     for number in sorted(wanted):
         if number in files:
             yield number, read_image(files[number])
@@ -501,22 +517,32 @@ def crop(video, tracks, out, every=1, confidence=-np.inf, min_size=(1, 1)):
             missing = f"{len(chosen):,} frames that the tracks name, the first: {min(chosen)}"
             raise ValueError(f"{video}: does not hold {missing}")
         if crops == 0:
-            raise ValueError(f"{tracks}: no boxes are left; dropped: {reasons(dropped)}")
+            raise NoBoxes(f"{tracks}: no boxes are left; dropped: {reasons(dropped)}")
     print(f"{folder}: {crops:,} crops; dropped: {reasons(dropped)}", flush=True)
 
 
 def write_image(file, image, quality):
-    """A JPEG file of an image, uint8 (3, H, W). (torchvision's write_jpeg is silent where the disk
-    is full.) Raises OSError."""
-    Path(file).write_bytes(encode_jpeg(image.contiguous(), quality).numpy())
+    """A JPEG file of an image, uint8 (3, H, W). Raises OSError, where torchvision's write_jpeg and
+    save_image say nothing: on a full disk."""
+    try:
+        Path(file).write_bytes(encode_jpeg(image.contiguous(), quality).numpy())
+    except OSError as error:
+        raise OSError(f"{file}: cannot be written: {error.strerror}") from None
+
+
+def write_pictures(file, pictures, columns):
+    """A JPEG file of pictures (3, H, W) in [0, 1], side by side in rows."""
+    sheet = make_grid(pictures, columns)
+    write_image(file, (255 * sheet).round().byte(), 90)
 
 
 def name_of(video):
     """What the folder of a video's tracklets is called; a sequence of MOTChallenge is <name>/img1.
     """
     if video.name == "img1":
-        return video.parent.name
-    return video.name if video.is_dir() else video.stem
+        video = video.parent
+    name = video.name if video.is_dir() else video.stem
+    return name.lstrip(".") or "video"  # a hidden folder would be left out
 
 
 def crop_split(split, tracks, out, *options):
@@ -534,7 +560,10 @@ def crop_split(split, tracks, out, *options):
             continue
         video = re.sub("-(DPM|FRCNN|SDP)$", "", name)
         if video not in done and not (Path(out) / name).exists():
-            crop(frames, file, out, *options)
+            try:
+                crop(frames, file, out, *options)
+            except NoBoxes as error:
+                print(error, flush=True)
         done.add(video)
     if not done:
         raise ValueError(f"{split}: no sequences with tracks; expected <sequence>/img1/000001.jpg")

@@ -21,9 +21,8 @@ import numpy as np
 import torch.distributed as dist
 from scipy.sparse import csr_array, triu
 from scipy.sparse.csgraph import connected_components
-from torchvision.utils import save_image
 
-from data import Images, find_splits, read_labels, read_tracklets, write_labels
+from data import Images, find_splits, read_labels, read_tracklets, write_labels, write_pictures
 from evaluate import extract, join_processes
 from model import load_backbone
 
@@ -282,7 +281,7 @@ def denoise(
     distances, r_s is in tracklets. paper: eq. 4 to 7 to the letter, thresholds 0.2 and 0.18 unless
     given; else with our ADDITIONS but those in `without`, and thresholds from `calibrate`. Raises
     ValueError for what is no index, and features that are zero or not finite."""
-    check_thresholds(sigma_cst, sigma_drm, r_s)
+    check_options(sigma_cst, sigma_drm, r_s, levels, without)
     index = check_arrays(features, video, track, frame)
     sigmas = thresholds(features, index, sigma_cst, sigma_drm, r_s, paper)
     for _, labels in level_by_level(features, index, sigmas, r_s, paper, levels, without):
@@ -336,13 +335,15 @@ def thresholds(features, index, sigma_cst, sigma_drm, r_s, paper):
     return sigmas
 
 
-def check_thresholds(sigma_cst, sigma_drm, r_s):
-    """Raises ValueError for what are no cosine distances, or no range."""
+def check_options(sigma_cst, sigma_drm, r_s, levels, without):
+    """Raises ValueError for what are no cosine distances, no range, no levels or additions."""
     for name, sigma in (("sigma_cst", sigma_cst), ("sigma_drm", sigma_drm)):
         if sigma is not None and not 0 <= sigma <= 2:
             raise ValueError(f"{name} {sigma}: expected a distance from 0 to 2")
-    if not r_s >= 1:
-        raise ValueError(f"r_s {r_s}: expected at least 1 tracklet")
+    if not 1 <= r_s < 2**31:
+        raise ValueError(f"r_s {r_s}: expected 1 to 2147483647 tracklets")
+    if levels not in (1, 2, 3) or not set(without) <= set(ADDITIONS):
+        raise ValueError(f"levels {levels}, without {without}: expected 1 to 3, and of {ADDITIONS}")
 
 
 def check_arrays(features, video, track, frame):
@@ -354,9 +355,10 @@ def check_arrays(features, video, track, frame):
         raise ValueError(f"expected a row of features and index for each image: got {given}")
     for part in parts(len(features)):
         length = np.linalg.norm(unit(features[part]), axis=1)
-        bad = np.flatnonzero(~(length > 0))
+        bad = np.flatnonzero(~(abs(length - 1) < 0.01))
         if len(bad):
-            raise ValueError(f"features: row {part.start + bad[0]} is zero or not finite")
+            row = part.start + bad[0]
+            raise ValueError(f"features: row {row} is zero, too small or large, or not finite")
     return index
 
 
@@ -675,7 +677,7 @@ def show_identities(file, tracklets, labels, people=12, columns=14):
     for rows in identities[:people]:
         shown = np.linspace(0, len(rows) - 1, columns).astype(int)
         cells += [images[i][0] / 255 for i in rows[shown]]
-    save_image(cells, file, nrow=columns)
+    write_pictures(file, cells, columns)
 
 
 def parse_flags():
@@ -742,17 +744,21 @@ def read_features(args, tracklets, out):
         features = extract_features(backbone, tracklets, size, device, args.workers, file)
         dist.destroy_process_group()
         return features
-    features = np.load(args.features, mmap_mode="r")
-    if len(features) != len(tracklets):
+    try:
+        features = np.load(args.features, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{args.features}: expected a .npy file of numbers: {error}") from None
+    if getattr(features, "ndim", 0) != 2 or len(features) != len(tracklets):
         expected = f"a row for each of {len(tracklets):,} images, as --index prints them"
-        raise ValueError(f"{args.features}: has {len(features):,} rows; expected {expected}")
+        shape = getattr(features, "shape", "of several arrays")
+        raise ValueError(f"{args.features}: is {shape}; expected {expected}")
     return features if int(os.environ.get("RANK", 0)) == 0 else None
 
 
 def main():
     """Features in, labels out."""
     args = parse_flags()
-    check_thresholds(args.sigma_cst, args.sigma_drm, args.r_s)
+    check_options(args.sigma_cst, args.sigma_drm, args.r_s, args.levels, args.without)
     train_folder, test_folder = find_splits(args.data)
     tracklets = read_tracklets(train_folder)
     if args.index:
@@ -762,7 +768,10 @@ def main():
     out = Path(args.out)
     if out.suffix != ".json":
         raise ValueError(f"--out {out}: expected a name that ends in .json")
-    for suffix in (".json", ".summary.json", ".jpg", ".features.npy"):
+    if out.with_suffix(".features.npy").exists() and args.features is None:
+        file = out.with_suffix(".features.npy")
+        raise ValueError(f"{file}: exists already; add --features {file}, or give another --out")
+    for suffix in (".json", ".summary.json", ".jpg"):
         file = out.with_suffix(suffix)
         if file.exists():
             raise ValueError(f"{file}: exists already; give another --out")

@@ -20,9 +20,17 @@ from scipy.io import loadmat
 from scipy.sparse import csr_array
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
-from torchvision.utils import save_image
 
-from data import LARGEST, Images, Tracklets, framed, load_batches, read_labels, read_tracklets
+from data import (
+    LARGEST,
+    Images,
+    Tracklets,
+    framed,
+    load_batches,
+    read_labels,
+    read_tracklets,
+    write_pictures,
+)
 from model import load_backbone, normalize
 
 
@@ -107,8 +115,8 @@ def score(rows, query_ids, gallery_ids, query_cams, gallery_cams):
     Returns fractions mAP, mINP, cmc (G,) from rank 1 on; ap (Q,), nan for queries without a right
     image; queries, the number of the others. Raises ValueError if there are none, and for
     similarities that are not finite."""
-    gallery_ids = np.asarray(gallery_ids)
-    gallery_cams = np.asarray(gallery_cams)
+    query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
+    query_cams, gallery_cams = np.asarray(query_cams), np.asarray(gallery_cams)
     ap = np.full(len(query_ids), np.nan)
     inp = np.full(len(query_ids), np.nan)
     first_ranks = []
@@ -309,7 +317,7 @@ def read_market(root):
     splits = {"query": [], "bounding_box_test": []}
     for folder, items in splits.items():
         for name in sorted(os.listdir(root / folder)):
-            if name.startswith("-1") or not name.endswith(".jpg"):
+            if name.startswith("-1") or not name.lower().endswith(".jpg"):
                 continue
             match = re.match(r"(\d+)_c(\d+)", name)
             if not match:
@@ -325,7 +333,8 @@ def read_msmt17(root):
     folder = "mask_test_v2" if (root / "mask_test_v2").exists() else "test"
     splits = {"list_query.txt": [], "list_gallery.txt": []}
     for file, items in splits.items():
-        for n, line in enumerate((root / file).read_text().splitlines(), start=1):
+        lines = (root / file).read_text("utf-8-sig", errors="replace").splitlines()
+        for n, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             match = re.fullmatch(r"(\d+/\d+_\d+_(\d+)_\S+) (\d+)", line.strip())
@@ -341,9 +350,9 @@ def read_mars(root):
     """MARS (Zheng et al., ECCV 2016). Items are tracklets: first and last line in test_name.txt,
     from 1, identity (0 for distractors, -1 for junk, which is left out) and camera. query_IDX has
     the queries' numbers, from 1. As in the authors' evaluation they are in the gallery too."""
-    names = (root / "info/test_name.txt").read_text().split()
-    table = loadmat(str(root / "info/tracks_test_info.mat"))["track_test_info"].astype(int)
-    query_numbers = loadmat(str(root / "info/query_IDX.mat"))["query_IDX"]
+    names = (root / "info/test_name.txt").read_text("utf-8-sig", errors="replace").split()
+    table = read_matrix(root / "info/tracks_test_info.mat", "track_test_info").reshape(-1, 4)
+    query_numbers = read_matrix(root / "info/query_IDX.mat", "query_IDX")
     query = []
     others = []
     for number, row in enumerate(table.tolist(), start=1):
@@ -360,8 +369,24 @@ def read_mars(root):
     return benchmark._replace(gallery=np.arange(len(benchmark.ids)))
 
 
+def read_matrix(file, key):
+    """A matrix of whole numbers in a file of MATLAB. Raises ValueError for anything else."""
+    try:
+        table = loadmat(str(file))[key]
+        whole = table.astype(np.int64)
+        if (whole != table).any():
+            raise ValueError("it has numbers that are not whole")
+        return whole
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever another format makes it raise
+        raise ValueError(f"{file}: expected whole numbers as {key}: {error!r}") from None
+
+
 def build_benchmark(root, query, gallery):
     """The benchmark of two lists of items (paths below the root, identity, camera)."""
+    if not query or not gallery:
+        raise ValueError(f"{root}: has {len(query)} queries and {len(gallery)} others to find")
     files, ids, cams = zip(*query, *gallery)
     if max(ids + cams) > LARGEST:
         raise ValueError(f"{root}: expected identities and cameras below 2**63: {max(ids + cams)}")
@@ -373,7 +398,8 @@ def build_benchmark(root, query, gallery):
     # As a video of its own: no other item's image may take the place of one that cannot be read.
     item = np.repeat(items, counts)
     frame = np.zeros_like(item)
-    images = Tracklets(root, [""] * len(items), np.char.encode(paths), item, item, frame)
+    names = np.array([os.fsencode(path) for path in paths])
+    images = Tracklets(root, [""] * len(items), names, item, item, frame)
     first = np.cumsum(counts) - counts
     query, gallery = np.split(items, [len(query)])
     ids = np.array(ids)
@@ -426,11 +452,11 @@ def show_retrieval(file, benchmark, features, queries, size=(128, 64)):
                 colour = (1.0, 1.0, 1.0)
             image, _ = images[benchmark.first[item]]
             cells.append(framed(image / 255, colour))
-    save_image(cells, file, nrow=len(row))
+    write_pictures(file, cells, len(row))
 
 
-def main():
-    """Rank a benchmark's gallery for each query with the features of a network."""
+def parse_flags():
+    """Flags of the program."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     add = parser.add_argument
     add("--data", required=True, help="Market-1501, MSMT17, MARS, or test/ with test.json")
@@ -441,7 +467,15 @@ def main():
     add("--workers", type=int, default=1, help="processes that decode images")
     add("--rerank", action="store_true", help="also after re-ranking")
     add("--show", type=int, default=0, help="draw so many of the worst queries, beside the weights")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    """Rank a benchmark's gallery for each query with the features of a network."""
+    args = parse_flags()
+    picture = Path(args.weights).with_suffix(f".{Path(args.data).resolve().name}.jpg")
+    if args.show > 0 and picture.exists():
+        raise ValueError(f"--show: {picture} exists already")
     device = join_processes()
     benchmark = read_benchmark(args.data, args.labels)
     backbone, size = load_backbone(args.weights, args.arch, args.size)
@@ -460,9 +494,8 @@ def main():
     if args.show > 0:
         order = np.argsort(results["plain"]["ap"])
         worst = benchmark.query[order[: args.show]]
-        file = Path(args.weights).with_suffix(f".{Path(args.data).resolve().name}.jpg")
-        show_retrieval(file, benchmark, features, worst)
-        print(f"the worst queries: {file}")
+        show_retrieval(picture, benchmark, features, worst)
+        print(f"the worst queries: {picture}")
 
 
 if __name__ == "__main__":

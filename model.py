@@ -319,7 +319,8 @@ def read_checkpoint(file):
     except OSError:
         raise
     except Exception as error:  # whatever a foreign or damaged file makes it raise
-        raise ValueError(f"{file}: cannot be read as weights: {type(error).__name__}") from None
+        kind = type(error).__name__
+        raise ValueError(f"{file}: cannot be read as weights, by torch.load: {kind}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file}: expected a dict of weights, got a {type(found).__name__}")
     return {str(name): value for name, value in found.items()}
@@ -363,6 +364,22 @@ def vit_positions(file, positions):
     return torch.cat([positions[:, :1], grid], dim=1)
 
 
+def match_weights(file, own, state):
+    """Those of a state that a network's own has in the same shape, in its type. Raises ValueError
+    for positions of another grid, and numbers that are not finite."""
+    matched = {}
+    for name, mine in own.items():
+        value = state.get(name, torch.empty(0))
+        if value.shape == mine.shape and value.is_floating_point() == mine.is_floating_point():
+            matched[name] = value.to(mine.dtype)
+            if not matched[name].isfinite().all():
+                raise ValueError(f"{file}: {name} holds numbers that are not finite")
+        elif name in state and "pos_embed" in name:
+            shapes = f"{tuple(value.shape)}, expected {tuple(mine.shape)}"
+            raise ValueError(f"{file}: {name}, which is of another grid, has the shape {shapes}")
+    return matched
+
+
 def load_weights(model, file):
     """Load backbone weights from our checkpoints, the authors' release, ImageNet's of IBN-Net,
     torchvision and timm, or DINO's; a ViT takes the blocks of timm's and DINO's, not the stem.
@@ -385,23 +402,17 @@ def load_weights(model, file):
             state["pos_embed"] = vit_positions(file, positions)
         elif positions.ndim == 4 and "pos_embed" in own:  # VOLO's (1, h, w, C)
             state["pos_embed"] = resize_positions(positions, own["pos_embed"].shape[1:3])
-    matched = {
-        name: value
-        for name, value in state.items()
-        if name in own and own[name].shape == value.shape
-    }
+    matched = match_weights(file, own, state)
+    missing = [name for name in own if name not in matched]
     found = sum(value.numel() for value in matched.values())
     share = found / sum(value.numel() for value in own.values())
     if share < 0.9:
-        names = f"it has {list(state)[:3]}, expected are {list(own)[:3]}"
-        raise ValueError(f"{file}: has only {share:.0%} of this network's weights: {names}")
-    for name, value in matched.items():
-        if not value.isfinite().all():
-            raise ValueError(f"{file}: {name} holds numbers that are not finite")
+        lacks = f"it lacks, or has in another shape, {missing[:3]}; it has {list(state)[:3]}"
+        raise ValueError(f"{file}: has only {share:.0%} of this network's weights: {lacks}")
     model.load_state_dict(matched, strict=False)
     return {
         "matched": list(matched),
-        "missing": [name for name in own if name not in matched],
+        "missing": missing,
         "left_over": [name for name in state if name not in matched],
     }
 
@@ -421,7 +432,7 @@ def load_backbone(weights, arch=None, size=None):
     if not isinstance(settings, dict):
         settings = {}
     arch = arch or settings.get("arch")
-    if arch is None:
+    if not isinstance(arch, str):
         raise ValueError(f"{weights}: does not say which architecture it is for; add --arch")
     size = tuple(size or settings.get("size", (256, 128)))
     backbone = build(arch).eval()
@@ -440,7 +451,7 @@ def export(file, out, names="authors"):
         raise ValueError(f"{file}: is not a checkpoint of train.py")
     weights = {
         name.removeprefix("backbone."): value
-        for name, value in teacher.items()
+        for name, value in zip(map(str, teacher), teacher.values())
         if name.startswith("backbone.")
     }
     if names == "authors":

@@ -27,7 +27,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.utils import save_image
 
 import data
 from denoise import ADDITIONS, OPTIONS, denoise_tracklets, extract_features, show_identities
@@ -119,7 +118,7 @@ class Settings:
     paper: bool = setting(False, "the paper's equations alone, without our additions")
     sigma_cst: float = setting(None, "intra-identity consistency (none: calibrated)", 0, 2)
     sigma_drm: float = setting(None, "inter-identity discrimination, likewise", 0, 2)
-    r_s: int = setting(1000, "half-width of the sliding range, in tracklets", 1)
+    r_s: int = setting(1000, "half-width of the sliding range, in tracklets", 1, 2**31 - 1)
     levels: int = setting(3, "1 within tracklets, 2 within videos, 3 across videos", 1, 3)
     without: tuple = setting((), "additions of ours that are left out", choices=ADDITIONS)
 
@@ -335,7 +334,7 @@ class State:
     teacher: Network
     optimizer: torch.optim.Optimizer
     center: torch.Tensor  # (D,), the running center of the teacher's logits
-    images: str  # a digest of the index and of the labels to begin with
+    images: str  # a digest of the indices and of their labels
     step: int = 0
     rounds: int = 0  # how often identities were found
     labels: torch.Tensor | None = None  # int32 (N,), the identities found last
@@ -391,13 +390,15 @@ def save(state, s):
 
 def resume(state, s):
     """Go on from last.pt, if it is there. Raises ValueError where it was made with other settings
-    or images, is damaged, or is not there for every process."""
+    or images, is damaged, or is not there for every process, and where others' files are."""
     file = s.folder / "last.pt"
     if file.exists():
         found = read_checkpoint(file)
+        if not isinstance(found.get("settings"), dict):
+            raise ValueError(f"{file}: is not a checkpoint of train.py")
         differ = []
         for name, value in asdict(s).items():
-            then = found.get("settings", {}).get(name)
+            then = found["settings"].get(name)
             if name not in CHANGE_NOTHING and then != value:
                 differ.append(f"--{name} {then} there, {value} here")
         if found.get("images") != state.images:
@@ -413,6 +414,8 @@ def resume(state, s):
         for name in ("step", "rounds", "labels", "results"):
             setattr(state, name, found[name])
         say("resume", f"{s.folder} at step {state.step:,}")
+    elif any(not path.name.startswith(".") for path in s.folder.glob("*")):
+        raise ValueError(f"{s.folder}: has files but no last.pt; give this run another --name")
     step = torch.tensor(state.step, dtype=torch.float64, device=state.center.device)
     if all_mean(step) != state.step:
         raise ValueError(f"{s.folder}: expected a file system that all processes share")
@@ -605,6 +608,14 @@ def read_inputs(s):
     return tracklets, labels, truth, benchmark
 
 
+def fingerprint(tracklets, labels, benchmark):
+    """A digest of the images to learn from and of those held out, and of their labels."""
+    images = tracklets.digest(labels)
+    if benchmark is not None:
+        images += benchmark.images.digest(benchmark.ids)
+    return images
+
+
 def measure(s, state, benchmark, stage):
     """Retrieval on the held-out split, once for each stage, and a picture of it."""
     if benchmark is None or stage in state.results:
@@ -656,7 +667,17 @@ def show_views(s, tracklets):
     sheet = [normalize(images / 255)]
     for view in views:
         sheet.append(F.interpolate(view, s.size))
-    save_image(torch.cat(sheet), s.folder / "crops.jpg", nrow=len(rows), normalize=True)
+    sheet = torch.cat(sheet)
+    sheet = (sheet - sheet.min()) / (sheet.max() - sheet.min())
+    data.write_pictures(s.folder / "crops.jpg", sheet, len(rows))
+
+
+def begin(state, s, tracklets, benchmark):
+    """What a run does before its first step."""
+    save(state, s)  # from now on the folder is this run's
+    measure(s, state, benchmark, "weights" if s.weights else "random")
+    if dist.get_rank() == 0:
+        show_views(s, tracklets)
 
 
 def main():
@@ -671,12 +692,11 @@ def main():
     # what the run's folder holds already
     s.folder.mkdir(parents=True, exist_ok=True)
     center = torch.zeros(s.prototypes, device=device)
-    state = State(student, teacher, make_optimizer(student), center, tracklets.digest(labels))
+    images = fingerprint(tracklets, labels, benchmark)
+    state = State(student, teacher, make_optimizer(student), center, images)
     resume(state, s)
     if state.step == 0:
-        measure(s, state, benchmark, "weights" if s.weights else "random")
-        if dist.get_rank() == 0:
-            show_views(s, tracklets)
+        begin(state, s, tracklets, benchmark)
 
     network = DistributedDataParallel(student)
     Ks, finds = plan_epochs(s)

@@ -491,13 +491,18 @@ def test_tracklets_are_denoised_in_their_space_and_figures_tell_it(options, tmp_
     ({"video": np.zeros(3, int)}, "same shape"),
     ({"features": np.ones(144)}, r"got \(144,\), \(3, 144\)"),
     ({"features": np.ones((145, 2))}, r"got \(145, 2\), \(3, 144\)"),
-    ({"features": (100, np.nan)}, "row 100 is zero or not finite"),
-    ({"features": (100, 0.0)}, "row 100 is zero or not finite"),
+    ({"features": (100, np.nan)}, "row 100 is zero"),
+    ({"features": (100, 0.0)}, "row 100 is zero"),
+    ({"features": (100, 1e-30)}, "row 100 is zero, too small"),
+    ({"features": (100, 1e30)}, "row 100 is zero, too small or large"),
+    ({"without": "cut"}, "without cut: expected .* of .*'cut'"),
+    ({"levels": 0}, "levels 0"),
     ({"frame": np.full(144, 0.5)}, "Cannot cast"),
     ({"track": (9, -1)}, "a row of features and index for each image"),
     ({"sigma_cst": np.nan}, "sigma_cst nan: expected a distance from 0 to 2"),
     ({"sigma_drm": -0.1}, "sigma_drm -0.1: expected a distance from 0 to 2"),
-    ({"r_s": 0}, "r_s 0: expected at least 1 tracklet"),
+    ({"r_s": 0}, "r_s 0: expected 1 to 2147483647 tracklets"),
+    ({"r_s": 2**63}, "r_s 9223372036854775808: expected"),
 ])
 def test_wrong_input_is_named(change, message, monkeypatch):
     monkeypatch.setattr(D, "parts", small_parts)

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,7 +94,12 @@ def test_denoise_alone_and_its_features_again(
     np.save("short.npy", features[1:])
     features[7] = np.nan
     np.save("nan.npy", features)
-    for name, words in (("short.npy", "short.npy: has 304 rows"), ("nan.npy", "row 7 is zero")):
+    Path("text.npy").write_text("no numbers")
+    for name, words in (
+        ("short.npy", r"short.npy: is \(304, 256\); expected a row for each of 305 images"),
+        ("text.npy", "text.npy: expected a .npy file of numbers"),
+        ("nan.npy", "row 7 is zero"),
+    ):
         with pytest.raises(ValueError, match=words):
             in_process("denoise.py", *flags, "--features", name, "--out", "d.json")
     assert not list(tmp_path.glob("d*")) and not list(tmp_path.glob(".*"))

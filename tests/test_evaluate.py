@@ -8,7 +8,8 @@ import pytest
 import scipy.io
 import torch
 import torch.nn.functional as F
-from torchvision.io import encode_jpeg, read_image
+from conftest import full_disk
+from torchvision.io import encode_jpeg
 
 import data
 import evaluate
@@ -104,6 +105,11 @@ def test_lonely_queries_are_not_counted_and_junk_is_as_if_not_there():
     nearest_first = np.array([[0.9, 0.8, 0.7]])
     for first, want in ((-1, 1 / 2), (0, 1 / 3)):  # junk, then a distractor
         assert evaluate.score(nearest_first, [5], [first, 4, 5], [0], [1, 1, 1])["mAP"] == want
+
+
+def test_identities_may_be_tensors():
+    x, ids = torch.eye(3), torch.arange(3)
+    assert evaluate.evaluate(x, x, ids, ids, torch.zeros(3), torch.ones(3))["mAP"] == 1
 
 
 def test_what_cannot_be_scored_is_refused():
@@ -290,6 +296,14 @@ def test_a_line_that_is_wrong_is_named(tmp_path):
     file.write_text("".join(f"{line}\n" for line in file.read_text().split()[:8]))
     with pytest.raises(ValueError, match="test_name.txt: has no lines 8 to 9"):
         evaluate.read_benchmark(tmp_path)
+    table = tmp_path / "info/tracks_test_info.mat"
+    for content in ({"other": [[1]]}, {"track_test_info": [[1, 1, 2.5, 1]]}):
+        scipy.io.savemat(table, content)
+        with pytest.raises(ValueError, match="info.mat: expected whole numbers as track_test_info"):
+            evaluate.read_benchmark(tmp_path)
+    table.write_bytes(b"no matrix")
+    with pytest.raises(ValueError, match="info.mat: expected whole numbers as track_test_info"):
+        evaluate.read_benchmark(tmp_path)
     for name in ("list_query.txt", "list_gallery.txt"):
         (tmp_path / name).write_text("\n0000/0000_013_01_0303morning_0020_1.jpg\n")
     with pytest.raises(ValueError, match="list_query.txt, line 2: expected a path and an identity"):
@@ -314,7 +328,10 @@ def test_what_is_no_benchmark_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}: expected a folder with query/"):
         evaluate.read_benchmark(tmp_path)
     write_image(tmp_path / f"query/{2**63}_c1.jpg")
-    (tmp_path / "bounding_box_test").mkdir()
+    write_image(tmp_path / "bounding_box_test/-1_c1.jpg")
+    with pytest.raises(ValueError, match="has 1 queries and 0 others to find"):
+        evaluate.read_benchmark(tmp_path)
+    write_image(tmp_path / "bounding_box_test/1_c2.JPG")
     with pytest.raises(ValueError, match="identities and cameras below 2..63: 9223372036854775808"):
         evaluate.read_benchmark(tmp_path)
     write_image(tmp_path / "query/stranger.jpg")
@@ -345,12 +362,14 @@ def test_pictures_leave_out_what_the_protocol_leaves_out(tmp_path):
     write_market(tmp_path)
     benchmark = evaluate.read_benchmark(tmp_path)
     features = np.array([[1, 0], [0, 1], [5, 1], [4, 1], [3, 1], [2, 1]])
-    evaluate.show_retrieval(tmp_path / "sheet.png", benchmark, features, [0], size=(16, 8))
-    sheet = read_image(str(tmp_path / "sheet.png"))
-    cells = torch.stack([sheet[:, 2:18, x : x + 8] for x in (2, 12, 22, 32)]).float()
-    np.testing.assert_allclose(cells[:, 0, 8, 4], [0, 90, 150, 180], atol=3)
-    frames = cells[:, :, 0, 4]  # (4, 3)
-    assert frames[0].tolist() == [255, 255, 255]
+    evaluate.show_retrieval(tmp_path / "sheet.jpg", benchmark, features, [0], size=(64, 32))
+    sheet = data.read_image(tmp_path / "sheet.jpg")
+    cells = torch.stack([sheet[:, 2:66, x : x + 32] for x in (2, 36, 70, 104)]).float()
+    np.testing.assert_allclose(cells[:, 0, 32, 16], [0, 90, 150, 180], atol=5)
+    frames = cells[:, :, 1, 16]  # (4, 3)
+    assert frames[0].min() > 200
+    with full_disk(500), pytest.raises(OSError, match="sheet.jpg: cannot be written"):
+        evaluate.show_retrieval(tmp_path / "sheet.jpg", benchmark, features, [0], size=(64, 32))
     assert (frames[1:, 1] > frames[1:, 0]).tolist() == [False, True, False]
 
 

@@ -274,13 +274,16 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path):
     file = tmp_path / "weights.pth"
     state = model.build("r10ibn").state_dict()
     assert "has only 0%" in refused({"weights": 1}, "r10ibn", file)
-    assert "it has ['0', '1'], expected are ['conv1" in refused(
-        {0: torch.ones(2), 1: torch.ones(2)}, "r10ibn", file
-    )
+    words = refused({0: torch.ones(2), 1: torch.ones(2)}, "r10ibn", file)
+    assert "has in another shape, ['conv1.weight', " in words and "; it has ['0', '1']" in words
     assert "expected a dict of weights, got a list" in refused([torch.ones(2)], "r10ibn", file)
     assert re.search(r"has only \d+%", refused(model.build("r18ibn").state_dict(), "r10ibn", file))
     state["layer2.0.conv1.weight"][0, 0] = float("nan")
     assert "layer2.0.conv1.weight holds numbers that are not" in refused(state, "r10ibn", file)
+    huge = {name: value.double() * 1e300 for name, value in state.items()}
+    assert "holds numbers that are not finite" in refused(huge, "r10ibn", file)
+    whole = {name: value.to(torch.int8) for name, value in state.items()}
+    assert "has only 0%" in refused(whole, "r10ibn", file)
 
 
 def test_files_that_carry_code_are_not_run(tmp_path):
@@ -349,6 +352,9 @@ def test_positions_of_grids_that_n_does_not_tell_are_refused(tmp_path, n):
     state["pos_embed"] = torch.randn(1, 1 + n, 192)
     words = refused(state, "vit_tiny", tmp_path / "vit.pth")
     assert f"vit.pth: {n} position embeddings; known grids are" in words
+    state["pos_embed"] = torch.randn(1 + n, 192)
+    words = refused(state, "vit_tiny", tmp_path / "vit.pth")
+    assert f"pos_embed, which is of another grid, has the shape ({1 + n}, 192), expect" in words
 
 
 # timm's names as patterns, and the published ones: of ConvNeXt and EdgeNeXt, and of FastViT

@@ -227,7 +227,25 @@ def test_a_full_disk_leaves_the_last_good_state(run):
     content = (run("--epochs", 0, 0) / "last.pt").read_bytes()
     with full_disk(len(content) // 2), pytest.raises(OSError, match="last.pt: cannot be written: "):
         run("--epochs", 0, 0)
-    assert {file.name for file in run("--epochs", 0, 0).glob(".*")} == set()
+    folder = run("--epochs", 0, 0)
+    assert not list(folder.glob(".*"))
+    # and a folder of somebody else's is not a run's
+    (folder / "last.pt").unlink()
+    with pytest.raises(ValueError, match="run: has files but no last.pt; give .* another --name"):
+        run("--epochs", 0, 0)
+    torch.save({"student": {}}, folder / "last.pt")
+    with pytest.raises(ValueError, match="last.pt: is not a checkpoint of train.py"):
+        run("--epochs", 0, 0)
+
+
+def test_other_people_held_out_are_noticed(run, few, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(few, copy)
+    run("--data", copy, "--epochs", 0, 0)
+    held_out = copy / "test.json"
+    held_out.write_text(held_out.read_text().replace('"id": 2}', '"id": 1}'))
+    with pytest.raises(ValueError, match="images of other names, number or labels"):
+        run("--data", copy, "--epochs", 0, 0)
 
 
 def test_a_step_that_is_not_finite_leaves_the_last_good_state(run, monkeypatch):
