@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -26,6 +27,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -33,8 +35,8 @@ from torchvision.io import ImageReadMode, decode_image, encode_jpeg
 from torchvision.utils import make_grid
 
 FILE_NAME = re.compile(r"(?ai)(\d+)_(\d+)_(\d+)\.jpe?g")
-LARGEST = 2**63 - 1  # number that an array of int64 holds
-JPEG = b"\xff\xd8"  # begins such a file
+LARGEST = 2**63 - 1  # the largest number that an array of int64 holds
+JPEG = b"\xff\xd8"  # the first bytes of a JPEG file
 
 
 # ---------------------------------------------------------------- the index
@@ -66,7 +68,7 @@ class Tracklets:
         return np.char.add(np.array(folders)[self.video], self.name)
 
     def digest(self, labels):
-        """A fingerprint, hexadecimal, of all paths in their order and of labels int64 (N,)."""
+        """A fingerprint, hexadecimal, of all paths in their order and of labels int64."""
         digest = hashlib.sha256(self.paths())
         digest.update(labels)
         return digest.hexdigest()
@@ -97,11 +99,10 @@ def read_tracklets(root):
         for file in files:
             if file.lower().endswith((".jpg", ".jpeg")) and not file.startswith("."):
                 match = FILE_NAME.fullmatch(file)
-                numbers = [int(number) for number in match.groups()] if match else [LARGEST + 1]
-                if max(numbers) > LARGEST:
+                if not match or max(map(int, match.groups())) > LARGEST:
                     wanted = "<track>_<frame>_<det>.jpg, numbers below 2**63"
                     raise ValueError(f"{folder}/{file}: expected {wanted}")
-                images.append((*numbers, file.encode()))
+                images.append((*map(int, match.groups()), file.encode()))
         if images:
             number, frame, _, name = zip(*sorted(images))
             video = np.full(len(name), len(folders))
@@ -144,7 +145,7 @@ def whole_file(file):
         os.replace(beside, file)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise OSError(f"{file}: cannot be written: {error.strerror}") from None
+        raise OSError(f"{file}: cannot be written: {error.strerror or error}") from None
 
 
 def write_labels(file, tracklets, labels):
@@ -177,7 +178,7 @@ def read_annotation(file):
             raise ValueError(f"entry {len(ids) + 1} is {str(entry):.200}")
         path = os.path.normpath(path)
         if path.split("/")[0] in ("", ".."):
-            raise ValueError(f"{path} leaves the folder of the images")
+            raise ValueError(f"{path} leaves the images' folder")
         paths.append(os.fsencode(path))
         ids.append(identity)
 
@@ -187,8 +188,8 @@ def read_annotation(file):
         if not ids or entries != [None] * len(ids):
             raise ValueError("got something else")
     except (ValueError, RecursionError) as error:
-        expected = "expected a list of file_path and id, a whole number from 1"
-        raise ValueError(f"{file}: {expected}; {error}") from None
+        wanted = "file_path, below the images' folder, and id, a whole number from 1"
+        raise ValueError(f"{file}: expected a list of {wanted}; {error}") from None
     ids = np.array(ids)
     paths, first, times = np.unique(paths, return_index=True, return_counts=True)
     if len(paths) < len(ids):
@@ -226,17 +227,17 @@ def read_image(file):
     """An image file, uint8 (3, H, W). Raises ValueError for one that cannot be read."""
     try:
         content = np.fromfile(file, np.uint8)
-        if content[:2].tobytes() != JPEG:
-            # in a damaged PNG torchvision's decoder ends the program
-            with PIL.Image.open(file) as image:
-                image.verify()
-        content = torch.from_numpy(content)
-        image = decode_image(content, ImageReadMode.RGB, apply_exif_orientation=True)
-    except (RuntimeError, OSError, SyntaxError) as error:
+        if content[:2].tobytes() == JPEG:
+            content = torch.from_numpy(content)
+            return decode_image(content, ImageReadMode.RGB, apply_exif_orientation=True)
+        # at a damaged PNG torchvision's decoder, the faster one, ends the program
+        with PIL.Image.open(file) as image:
+            if image.mode[0] in "IF" or getattr(image, "n_frames", 1) > 1:
+                raise ValueError("expected one image of 8 bits a colour")
+            image = PIL.ImageOps.exif_transpose(image).convert("RGB")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    except Exception as error:  # whatever decoders raise
         raise ValueError(f"{file}: cannot be read: {error}") from None
-    if image.dtype != torch.uint8 or image.ndim != 3:
-        raise ValueError(f"{file}: cannot be read: expected one image of 8 bits a colour")
-    return image
 
 
 @dataclass
@@ -302,8 +303,11 @@ def load_batches(tracklets, batches, size, workers=0):
                 raise ValueError(f"{first}: cannot be read, one of {len(bad)}, more than 1%")
             yield images
     except ValueError as error:
-        # of a worker's error the last line is the error, what is above it is where it came from
-        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
+        text = str(error)
+        if "Original Traceback" not in text:
+            raise
+        # the last line of what a worker reports is its error
+        raise ValueError(text.splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
 def ignore_signals(worker):
@@ -352,7 +356,8 @@ def sample_identities(labels, K, batch, seed, epoch, steps):
         groups = random.permutation(np.concatenate(groups))
         full = len(groups) * K // batch
         if full == 0:
-            raise ValueError(f"{len(groups)} groups of K={K} images do not fill a batch of {batch}")
+            groups = f"{len(groups)} groups of K={K} images"
+            raise ValueError(f"{groups} do not fill a batch of {batch}; it has to be smaller")
         batches.extend(groups[: full * batch // K].reshape(full, batch))
     return np.array(batches[:steps]).reshape(steps, batch)
 
@@ -365,15 +370,19 @@ def whole_folder(folder):
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder}: exists already; delete it or choose another")
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    beside.mkdir(parents=True)
+    beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
+        beside.mkdir(parents=True)
         yield beside
         os.replace(beside, folder)
     except OSError as error:
         raise OSError(f"{folder}: is not made: {error}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+class NoBoxes(ValueError):
+    """A track file has no boxes, or all are dropped."""
 
 
 def read_tracks(file):
@@ -383,9 +392,9 @@ def read_tracks(file):
     rows = []
     lines = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     for n, line in enumerate(lines, 1):
-        values = line.split(b",") if b"," in line else line.split()
         if not line.strip():
             continue
+        values = line.split(b",") if b"," in line else line.split()
         try:
             frame, track = map(int, values[:2])
             left, top, width, height = map(float, values[2:6])
@@ -395,11 +404,11 @@ def read_tracks(file):
             if frame < 0 or largest > LARGEST or not math.isfinite(score):
                 raise ValueError(f"got {line.decode()}")
         except (ValueError, OverflowError) as error:
-            wanted = "frame,id,left,top,width,height,... with whole numbers as frame and id"
+            wanted = "frame,id,left,top,width,height,... below 2**63, frame and id whole"
             raise ValueError(f"{file}, line {n}: expected {wanted}; {error}") from None
         rows.append((frame, track, corners, score))
     if not rows:
-        raise ValueError(f"{file}: no boxes")
+        raise NoBoxes(f"{file}: no boxes")
     return rows
 
 
@@ -433,10 +442,6 @@ def choose_boxes(tracks, every, confidence):
     return chosen, first, dropped
 
 
-class NoBoxes(ValueError):
-    """All boxes of a track file were dropped."""
-
-
 def reasons(dropped):
     """How many boxes were dropped for which reason, in words."""
     return ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "none"
@@ -457,7 +462,8 @@ def read_frames(video, wanted, first):
     numbers = range(first, max(wanted) + 1)
     try:
         with av.open(str(video)) as container:
-            if not container.streams.video:
+            # a text would be shown as a terminal shows it
+            if not container.streams.video or container.format.name == "tty":
                 raise ValueError(f"{video}: holds no video")
             container.streams.video[0].thread_type = "AUTO"
             for number, frame in zip(numbers, container.decode(video=0)):
@@ -477,11 +483,11 @@ def read_folder(folder, wanted):
         if match:
             starts.add(match[1])
             number = int(match[2] or -1)
-            if number in files:
+            if number >= 0 and number in files:
                 raise ValueError(f"{folder / file}: has the same number as {files[number].name}")
             files[number] = folder / file
     # of 12-00-59 and 12-01-00, or 59.5 and 59.25, the last number does not tell the order
-    if len(starts) != 1 or re.search(r"\d\.$", min(starts)):
+    if len(starts) != 1 or re.fullmatch(r"\d+\.", min(starts)):
         got = f"names that begin with {sorted(starts)}" if starts else "none"
         raise ValueError(f"{folder}: expected frames of one kind, such as 000001.jpg; got {got}")
     for number in sorted(wanted):
@@ -527,7 +533,7 @@ def write_image(file, image, quality):
     try:
         Path(file).write_bytes(encode_jpeg(image.contiguous(), quality).numpy())
     except OSError as error:
-        raise OSError(f"{file}: cannot be written: {error.strerror}") from None
+        raise OSError(f"{file}: cannot be written: {error.strerror or error}") from None
 
 
 def write_pictures(file, pictures, columns):
@@ -550,6 +556,7 @@ def crop_split(split, tracks, out, *options):
     or a tracker's <tracks>/<sequence>.txt. Of MOT17's three copies of a video one is taken. What
     was cropped before is passed over, so that one may go on."""
     done = set()
+    found = 0
     for name in sorted(os.listdir(split)):
         frames = Path(split) / name / "img1"
         file = Path(tracks) / f"{name}.txt" if tracks else Path(split) / name / "gt/gt.txt"
@@ -558,14 +565,16 @@ def crop_split(split, tracks, out, *options):
         if not file.exists():
             print(f"{file}: no such file, {name} is left out", flush=True)
             continue
+        found += 1
         video = re.sub("-(DPM|FRCNN|SDP)$", "", name)
-        if video not in done and not (Path(out) / name).exists():
+        if video not in done and not (Path(out) / name_of(frames)).exists():
             try:
                 crop(frames, file, out, *options)
             except NoBoxes as error:
                 print(error, flush=True)
+                continue
         done.add(video)
-    if not done:
+    if not found:
         raise ValueError(f"{split}: no sequences with tracks; expected <sequence>/img1/000001.jpg")
 
 

@@ -11,9 +11,12 @@ Features are arrays or memory-mapped files of any size: one video is in memory a
 centroid for each tracklet. Read first: `noise`, `trim`, `reallocate`, `links`, `denoise`.
 """
 import argparse
+import errno
 import json
 import math
 import os
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -683,22 +686,21 @@ def show_identities(file, tracklets, labels, people=12, columns=14):
 def parse_flags():
     """Flags of the program."""
     parser = argparse.ArgumentParser(
-        description="Find the identities in a folder of tracklets and write them as an annotation.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Find the identities in a folder of tracklets and write them as an annotation."
     )
     flag = parser.add_argument
-    flag("--data", default="data/walkers", help="folder of tracklets; its train/ beside a test/")
-    flag("--weights", default="runs/walkers-r10ibn/last.pt", help="a checkpoint, or a backbone's")
+    flag("--data", default="data/walkers", help="folder of tracklets [%(default)s]")
+    flag("--weights", default="runs/walkers-r10ibn/last.pt", help="of the encoder [%(default)s]")
     flag("--features", help="another encoder's instead: a .npy file (N, d), rows as --index says")
     flag("--index", action="store_true", help="print the images in the order of rows, and stop")
-    flag("--out", default="identities.json", help="annotation to write; the rest goes beside it")
+    flag("--out", default="identities.json", help="annotation to write [%(default)s]")
     flag("--arch", help="architecture, if the checkpoint does not say")
     flag("--size", type=int, nargs=2, help="height and width of the input, likewise")
     flag("--workers", type=int, default=1, help="processes that decode images")
     flag("--paper", action="store_true", help="the paper's equations alone, without our additions")
     flag("--sigma_cst", type=float, help="intra-identity consistency; none: calibrated")
     flag("--sigma_drm", type=float, help="inter-identity discrimination; none: calibrated")
-    flag("--r_s", type=int, default=1000, help="half-width of the sliding range, in tracklets")
+    flag("--r_s", type=int, default=1000, help="half-width of the range [%(default)s]")
     flag("--levels", type=int, default=3, choices=(1, 2, 3), help="within tracklets, videos, all")
     flag("--without", nargs="+", default=(), choices=ADDITIONS, help="additions to leave out")
     return parser.parse_args()
@@ -710,10 +712,13 @@ def new_map(file, shape):
     size = 2 * math.prod(shape)
     try:
         features = np.lib.format.open_memmap(file, "w+", np.float16, shape)
-        if hasattr(os, "posix_fallocate"):  # macOS has none
-            with open(file, "r+b") as opened:
-                os.posix_fallocate(opened.fileno(), 0, os.path.getsize(file))
+        # macOS has no such function
+        with suppress(AttributeError), open(file, "r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, os.path.getsize(file))
     except OSError as error:
+        # file systems that cannot do it say so
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return features
         file.unlink(missing_ok=True)
         raise OSError(f"{file}: cannot take {size / 1e6:,.0f} MB: {error.strerror}") from None
     return features
@@ -746,12 +751,11 @@ def read_features(args, tracklets, out):
         return features
     try:
         features = np.load(args.features, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{args.features}: expected a .npy file of numbers: {error}") from None
-    if getattr(features, "ndim", 0) != 2 or len(features) != len(tracklets):
-        expected = f"a row for each of {len(tracklets):,} images, as --index prints them"
-        shape = getattr(features, "shape", "of several arrays")
-        raise ValueError(f"{args.features}: is {shape}; expected {expected}")
+        if features.ndim != 2 or len(features) != len(tracklets) or features.dtype.kind != "f":
+            raise ValueError(f"it has the shape {features.shape}, the type {features.dtype}")
+    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        expected = f"a .npy file of floats, a row for each of {len(tracklets):,} images"
+        raise ValueError(f"{args.features}: expected {expected} of --index; {error}") from None
     return features if int(os.environ.get("RANK", 0)) == 0 else None
 
 
@@ -768,9 +772,10 @@ def main():
     out = Path(args.out)
     if out.suffix != ".json":
         raise ValueError(f"--out {out}: expected a name that ends in .json")
-    if out.with_suffix(".features.npy").exists() and args.features is None:
-        file = out.with_suffix(".features.npy")
-        raise ValueError(f"{file}: exists already; add --features {file}, or give another --out")
+    file = out.with_suffix(".features.npy")
+    if file.exists() and args.features is None:
+        hint = f"give another --out or, if they are of these weights, --features {file}"
+        raise ValueError(f"{file}: features of an earlier call; {hint}")
     for suffix in (".json", ".summary.json", ".jpg"):
         file = out.with_suffix(suffix)
         if file.exists():

@@ -317,7 +317,7 @@ def read_market(root):
     splits = {"query": [], "bounding_box_test": []}
     for folder, items in splits.items():
         for name in sorted(os.listdir(root / folder)):
-            if name.startswith("-1") or not name.lower().endswith(".jpg"):
+            if name.startswith(("-1", ".")) or not name.lower().endswith(".jpg"):
                 continue
             match = re.match(r"(\d+)_c(\d+)", name)
             if not match:
@@ -351,8 +351,10 @@ def read_mars(root):
     from 1, identity (0 for distractors, -1 for junk, which is left out) and camera. query_IDX has
     the queries' numbers, from 1. As in the authors' evaluation they are in the gallery too."""
     names = (root / "info/test_name.txt").read_text("utf-8-sig", errors="replace").split()
-    table = read_matrix(root / "info/tracks_test_info.mat", "track_test_info").reshape(-1, 4)
+    table = read_matrix(root / "info/tracks_test_info.mat", "track_test_info")
     query_numbers = read_matrix(root / "info/query_IDX.mat", "query_IDX")
+    if table.shape[1] != 4:
+        raise ValueError(f"{root}/info/tracks_test_info.mat: has {table.shape[1]} columns, not 4")
     query = []
     others = []
     for number, row in enumerate(table.tolist(), start=1):
@@ -473,9 +475,6 @@ def parse_flags():
 def main():
     """Rank a benchmark's gallery for each query with the features of a network."""
     args = parse_flags()
-    picture = Path(args.weights).with_suffix(f".{Path(args.data).resolve().name}.jpg")
-    if args.show > 0 and picture.exists():
-        raise ValueError(f"--show: {picture} exists already")
     device = join_processes()
     benchmark = read_benchmark(args.data, args.labels)
     backbone, size = load_backbone(args.weights, args.arch, args.size)
@@ -494,6 +493,7 @@ def main():
     if args.show > 0:
         order = np.argsort(results["plain"]["ap"])
         worst = benchmark.query[order[: args.show]]
+        picture = Path(args.weights).with_suffix(f".{Path(args.data).resolve().name}.jpg")
         show_retrieval(picture, benchmark, features, worst)
         print(f"the worst queries: {picture}")
 

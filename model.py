@@ -327,8 +327,8 @@ def read_checkpoint(file):
 
 
 def write_checkpoint(file, content):
-    """Write a file of torch.save, which appears whole or not at all. Raises OSError."""
-    # into memory first: on a full disk torch.save does not say what is wrong
+    """Write a file of torch.save, which appears whole or not at all. Raises OSError. It is written
+    to memory first: on a full disk torch.save does not say what is wrong."""
     memory = io.BytesIO()
     torch.save(content, memory)
     with whole_file(file) as out:
@@ -356,9 +356,9 @@ def vit_positions(file, positions):
     n = positions.shape[1] - 1
     if n not in GRIDS:
         raise ValueError(f"{file}: {n} position embeddings; known grids are {GRIDS}")
-    height, width = GRIDS[n]
     if n == 192:  # 256x192 images have as many
-        warnings.warn(f"{file}: {n} position embeddings are taken for {height} x {width} tokens")
+        taken = "are taken for those of 384x128 images; of 256x192 ones they would be wrong"
+        warnings.warn(f"{file}: {n} position embeddings {taken}")
     grid = positions[:, 1:].unflatten(1, GRIDS[n])
     grid = resize_positions(grid, (16, 8)).flatten(1, 2)
     return torch.cat([positions[:, :1], grid], dim=1)
@@ -366,17 +366,26 @@ def vit_positions(file, positions):
 
 def match_weights(file, own, state):
     """Those of a state that a network's own has in the same shape, in its type. Raises ValueError
-    for positions of another grid, and numbers that are not finite."""
+    where they are less than 90% of the network, for positions of another grid, and for numbers that
+    are not finite."""
     matched = {}
     for name, mine in own.items():
         value = state.get(name, torch.empty(0))
         if value.shape == mine.shape and value.is_floating_point() == mine.is_floating_point():
             matched[name] = value.to(mine.dtype)
-            if not matched[name].isfinite().all():
-                raise ValueError(f"{file}: {name} holds numbers that are not finite")
-        elif name in state and "pos_embed" in name:
-            shapes = f"{tuple(value.shape)}, expected {tuple(mine.shape)}"
+    found = sum(value.numel() for value in matched.values())
+    share = found / sum(value.numel() for value in own.values())
+    others = [name for name in own if name not in matched]
+    if share < 0.9:
+        lacks = f"it lacks, or has in another shape, {others[:3]}; it has {list(state)[:3]}"
+        raise ValueError(f"{file}: has only {share:.0%} of this network's weights: {lacks}")
+    for name in others:
+        if name in state and "pos_embed" in name:
+            shapes = f"{tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
             raise ValueError(f"{file}: {name}, which is of another grid, has the shape {shapes}")
+    for name, value in matched.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{file}: {name} holds numbers that are not finite")
     return matched
 
 
@@ -403,16 +412,10 @@ def load_weights(model, file):
         elif positions.ndim == 4 and "pos_embed" in own:  # VOLO's (1, h, w, C)
             state["pos_embed"] = resize_positions(positions, own["pos_embed"].shape[1:3])
     matched = match_weights(file, own, state)
-    missing = [name for name in own if name not in matched]
-    found = sum(value.numel() for value in matched.values())
-    share = found / sum(value.numel() for value in own.values())
-    if share < 0.9:
-        lacks = f"it lacks, or has in another shape, {missing[:3]}; it has {list(state)[:3]}"
-        raise ValueError(f"{file}: has only {share:.0%} of this network's weights: {lacks}")
     model.load_state_dict(matched, strict=False)
     return {
         "matched": list(matched),
-        "missing": missing,
+        "missing": [name for name in own if name not in matched],
         "left_over": [name for name in state if name not in matched],
     }
 
@@ -438,7 +441,7 @@ def load_backbone(weights, arch=None, size=None):
     backbone = build(arch).eval()
     report = load_weights(backbone, weights)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{weights}: {describe(report)}")
+        print(f"{weights}: images of {size[0]}x{size[1]}, {describe(report)}")
     check_sizes(backbone, arch, [size])
     return backbone, size
 
@@ -446,23 +449,27 @@ def load_backbone(weights, arch=None, size=None):
 def export(file, out, names="authors"):
     """Write the teacher's backbone of our checkpoint for other code: under the names of the
     authors' release, or plain ones. An existing file is not overwritten."""
-    teacher = read_checkpoint(file).get("teacher")
-    if not isinstance(teacher, dict) or "head.last_layer.weight" not in teacher:
+    checkpoint = read_checkpoint(file)
+    teacher = checkpoint.get("teacher")
+    settings = checkpoint.get("settings")
+    if not isinstance(teacher, dict) or not isinstance(settings, dict):
         raise ValueError(f"{file}: is not a checkpoint of train.py")
+    settings = {name: settings[name] for name in ("arch", "size")}
     weights = {
         name.removeprefix("backbone."): value
-        for name, value in zip(map(str, teacher), teacher.values())
-        if name.startswith("backbone.")
+        for name, value in teacher.items()
+        if str(name).startswith("backbone.")
     }
     if names == "authors":
         # their networks with batch norms are wrapped in a module
         wrapped = any(name.endswith("running_mean") for name in weights)
         prefix = "module.backbone." if wrapped else "backbone."
         weights = {"teacher": {prefix + name: value for name, value in weights.items()}}
+        weights["settings"] = settings
     if os.path.exists(out):
         raise ValueError(f"{out}: exists already")
     write_checkpoint(out, weights)
-    print(f"written: {out}")
+    print(f"written: {out}, {settings}")
 
 
 def main():

@@ -171,7 +171,9 @@ DEMO = {
 }
 DEMO_STEPS = {"r10ibn": 90, "vit_tiny": 72}  # of an epoch: r10ibn is quick, vit_tiny needs more
 ANY_NUMBER = {"K", "epochs", "without"}  # of values
-CHANGE_NOTHING = {"name", "workers", "log_every", "save_every"}  # in a run's result
+# what a run makes, beside last.pt
+MADE = {"log.jsonl", "identities.json", "crops.jpg", "denoised.jpg", "retrieval.jpg"}
+CHANGE_NOTHING = {"name", "data", "labels", "workers", "log_every", "save_every"}  # in a run's result
 
 
 def parse_settings(argv=None):
@@ -204,7 +206,7 @@ def parse_settings(argv=None):
     if s.identities == "instance":
         s.K = (1,) * len(s.K)
     if not s.name:
-        folder = data_folder(s).resolve().name.lstrip(".")
+        folder = data_folder(s).resolve().name.lstrip(".")  # no run is hidden
         s.name = f"{folder}-{s.arch.replace('/', '-')}"
         if s.identities != "cion":
             s.name += f"-{s.identities}"
@@ -221,7 +223,7 @@ def check_settings(s):
         for value in values:
             # not (a and b), so that nan is refused too; no setting may be infinite
             if None not in (low, value) and not (low <= value <= high and value < math.inf):
-                raise ValueError(f"--{f.name} {value}: expected {low} to {high}")
+                raise ValueError(f"--{f.name} {value}: expected a number, {low} to {high}")
     if len(s.K) != len(s.epochs):
         raise ValueError(f"--K {s.K} and --epochs {s.epochs}: give each phase its epochs")
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -403,19 +405,21 @@ def resume(state, s):
                 differ.append(f"--{name} {then} there, {value} here")
         if found.get("images") != state.images:
             differ.append("images of other names, number or labels")
-        if differ:
+        # a run that came to no step is no loss
+        if differ and found.get("step") != 0:
             raise ValueError(
                 f"{s.folder} was made with other settings ({'; '.join(differ)}); give this run "
-                "another --name"
+                "another --name, or delete the folder"
             )
-        for name in ("student", "teacher", "optimizer"):
-            getattr(state, name).load_state_dict(found[name])
-        state.center.copy_(found["center"])
-        for name in ("step", "rounds", "labels", "results"):
-            setattr(state, name, found[name])
-        say("resume", f"{s.folder} at step {state.step:,}")
-    elif any(not path.name.startswith(".") for path in s.folder.glob("*")):
-        raise ValueError(f"{s.folder}: has files but no last.pt; give this run another --name")
+        if not differ:
+            for name in ("student", "teacher", "optimizer"):
+                getattr(state, name).load_state_dict(found[name])
+            state.center.copy_(found["center"])
+            for name in ("step", "rounds", "labels", "results"):
+                setattr(state, name, found[name])
+            say("resume", f"{s.folder} at step {state.step:,}")
+    elif MADE & set(os.listdir(s.folder)):
+        raise ValueError(f"{s.folder}: has no last.pt; give this run another --name, or delete it")
     step = torch.tensor(state.step, dtype=torch.float64, device=state.center.device)
     if all_mean(step) != state.step:
         raise ValueError(f"{s.folder}: expected a file system that all processes share")

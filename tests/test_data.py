@@ -2,11 +2,13 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -167,9 +169,9 @@ GOOD = {"file_path": FILES[0], "id": 1}
 @pytest.mark.parametrize(
     "entries, message",
     [
-        ([{"file_path": "a/../../secret.jpg", "id": 1}], "../secret.jpg leaves the folder"),
-        ([{"file_path": "/etc/1_1_1.jpg", "id": 1}], "leaves the folder"),
-        ([{"file_path": "a/../..", "id": 1}], r"\.\. leaves the folder"),
+        ([{"file_path": "a/../../secret.jpg", "id": 1}], "../secret.jpg leaves the images'"),
+        ([{"file_path": "/etc/1_1_1.jpg", "id": 1}], "leaves the images'"),
+        ([{"file_path": "a/../..", "id": 1}], r"\.\. leaves the images'"),
         ([{"file_path": "a/9_1_0.jpg", "id": 1}], "a/9_1_0.jpg is not among the images"),
         ([GOOD, {"file_path": f"./{FILES[0]}", "id": 2}], f"{FILES[0]} comes twice"),
         ([GOOD, {"file_path": FILES[1], "id": 0}, GOOD], "a whole number from 1; entry 2 is .* 0}"),
@@ -188,6 +190,12 @@ def test_broken_annotations_are_refused(tmp_path, tree, entries, message):
     file.write_text(json.dumps(entries))
     with pytest.raises(ValueError, match=f"labels.json: .*{message}"):
         data.read_labels(file, data.read_tracklets(tree))
+
+
+def test_an_annotation_that_nests_too_deep_is_refused(tmp_path, tree):
+    (tmp_path / "labels.json").write_text(100_000 * "[")
+    with pytest.raises(ValueError, match="labels.json: expected a list"):
+        data.read_labels(tmp_path / "labels.json", data.read_tracklets(tree))
 
 
 def test_an_annotation_alone_is_an_index_of_files_of_any_names(tmp_path):
@@ -233,7 +241,11 @@ def test_an_image_that_cannot_be_read_is_the_next_of_its_tracklet(tmp_path):
     # a damaged PNG, at which the decoder would end the program
     write_png(torch.zeros(3, 16, 8, dtype=torch.uint8), str(tmp_path / files[4]))
     content = bytearray((tmp_path / files[4]).read_bytes())
-    content[content.find(b"IDAT") + 8] ^= 255
+    begin = content.find(b"IDAT")
+    content[begin + 8] ^= 255
+    (size,) = struct.unpack(">i", content[begin - 4 : begin])
+    checksum = zlib.crc32(content[begin : begin + 4 + size])
+    content[begin + 4 + size : begin + 8 + size] = struct.pack(">I", checksum)
     (tmp_path / files[4]).write_bytes(content)
     with pytest.raises(ValueError, match=f"{files[4]}: cannot be read: "):
         images[4]
@@ -554,8 +566,12 @@ def test_frames_are_ordered_by_all_that_their_names_say(tmp_path):
     seconds = make_frames(tmp_path / "seconds", [2, 10], "1717243240.{}.png")
     with pytest.raises(ValueError, match="got names that begin with .'1717243240.'"):
         data.crop(seconds, tracks, tmp_path / "again")
-    (frames / "cam3 shot 02.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="shot 0?2.png: has the same number as cam3 shot 0?2.png"):
+    for number in 2, 10:
+        shutil.copy(frames / f"cam3 shot {number}.png", frames / f"cam3.{number}.png")
+        (frames / f"cam3 shot {number}.png").unlink()
+    data.crop(frames, tracks, tmp_path / "dots")
+    (frames / "cam3.02.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cam3.0?2.png: has the same number as cam3.0?2.png"):
         data.crop(frames, tracks, tmp_path / "again")
 
 
@@ -577,13 +593,14 @@ def test_a_split_of_motchallenge_at_once(tmp_path, in_process, capsys):
     out = tmp_path / "out"
     for name in "MOT17-02-DPM", "MOT17-02-SDP", "MOT17-03-SDP", "MOT17-04-SDP", "dance.1":
         make_frames(split / name / "img1", [1, 2])
-        # of the third none is a person
-        person = "03" not in name
-        make_tracks(split / name / "gt" / "gt.txt", box(1, 1, 10, 10, 20, 40, int(person)))
+        make_tracks(split / name / "gt" / "gt.txt", box(1))
+    # of one copy's boxes none is a person, of another video there are none
+    make_tracks(split / "MOT17-02-DPM" / "gt" / "gt.txt", box(1, 1, 10, 10, 20, 40, 0))
+    make_tracks(split / "MOT17-03-SDP" / "gt" / "gt.txt")
     for _ in range(2):
         in_process("data.py crop", "--split", split, "--out", out)
         files = sorted(str(file.relative_to(out)) for file in out.rglob("*.jpg"))
-        cropped = ["MOT17-02-DPM", "MOT17-04-SDP", "dance.1"]
+        cropped = ["MOT17-02-SDP", "MOT17-04-SDP", "dance.1"]
         assert files == [f"{name}/000001_0000001_00.jpg" for name in cropped]
     # a tracker's results, for one of the copies
     results = make_tracks(tmp_path / "results" / "MOT17-02-SDP.txt", box(2, 5)).parent
@@ -592,7 +609,8 @@ def test_a_split_of_motchallenge_at_once(tmp_path, in_process, capsys):
     assert names(tmp_path / "other") == ["MOT17-02-SDP"]
     said = capsys.readouterr().out
     assert "dance.1.txt: no such file" in said
-    assert "MOT17-03-SDP/gt/gt.txt: no boxes are left; dropped: 1 not to be considered" in said
+    assert "MOT17-02-DPM/gt/gt.txt: no boxes are left; dropped: 1 not to be considered" in said
+    assert "MOT17-03-SDP/gt/gt.txt: no boxes\n" in said
     with pytest.raises(ValueError, match="no sequences with tracks"):
         in_process("data.py crop", "--split", results, "--out", out)
 
@@ -641,12 +659,14 @@ def test_a_video_that_is_to_be_turned_is_turned(tmp_path):
 
 
 def test_a_folder_that_is_there_is_not_touched(tmp_path):
-    beside = tmp_path / f".set.{os.getpid()}"
-    beside.mkdir()
-    with pytest.raises(OSError), data.whole_folder(tmp_path / "set"):
-        pass
-    assert beside.exists()
-    # and a hidden video is not cropped into a hidden folder
+    with pytest.raises(OSError, match="set: is not made: .*not empty"):
+        with data.whole_folder(tmp_path / "set") as first:
+            # meanwhile another one makes it
+            with data.whole_folder(tmp_path / "set") as second:
+                assert first != second and first.exists()
+                (second / "file").write_bytes(b"")
+    assert os.listdir(tmp_path) == ["set"] and os.listdir(tmp_path / "set") == ["file"]
+    # a hidden video is not cropped into a hidden folder
     make_frames(tmp_path / ".cam", [1])
     data.crop(tmp_path / ".cam", make_tracks(tmp_path / "t.txt", box(1)), tmp_path / "out")
     assert os.listdir(tmp_path / "out") == ["cam"]
@@ -657,6 +677,9 @@ def test_videos_that_are_none_are_named(tmp_path):
     (tmp_path / "walk.mp4").write_bytes(bytes(1000))
     with pytest.raises(ValueError, match="walk.mp4: cannot be decoded: "):
         next(data.read_frames(tmp_path / "walk.mp4", [1], 1))
+    tracks = make_tracks(tmp_path / "tracks.txt", *[box(n) for n in range(100)])
+    with pytest.raises(ValueError, match="tracks.txt: holds no video"):
+        next(data.read_frames(tracks, [1], 1))
 
 
 def test_av_is_asked_for_where_it_is_missing_or_too_old(tmp_path, monkeypatch):

@@ -543,6 +543,12 @@ def test_a_map_has_its_space_on_the_disk_before_it_is_written(tmp_path, monkeypa
         D.new_map(tmp_path / "b.npy", (1000, 1000))
     assert os.listdir(tmp_path) == ["a.npy"]
 
+    def cannot(*arguments):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fallocate", cannot, raising=False)
+    assert D.new_map(tmp_path / "b.npy", (10, 10)).shape == (10, 10)
+
 
 def test_numbers_of_identities_may_be_large():
     truth = np.array([20240501000001, 20240501000001, 5, 7])

@@ -90,14 +90,18 @@ def test_denoise_alone_and_its_features_again(
     assert capsys.readouterr().out.split() == [t.path(i) for i in range(len(t))]
     with pytest.raises(ValueError, match="exists already"):
         in_process("denoise.py", *flags, "--out", "a.json")
+    with pytest.raises(ValueError, match="a.features.npy: features of an earlier .*--features"):
+        in_process("denoise.py", "--data", few, "--weights", weights, "--out", "a.json")
     features = np.load("a.features.npy").astype(np.float32)
     np.save("short.npy", features[1:])
     features[7] = np.nan
     np.save("nan.npy", features)
     Path("text.npy").write_text("no numbers")
+    np.savez("several.npz", features=features)
     for name, words in (
-        ("short.npy", r"short.npy: is \(304, 256\); expected a row for each of 305 images"),
-        ("text.npy", "text.npy: expected a .npy file of numbers"),
+        ("short.npy", r"short.npy: .* each of 305 images of --index; .* shape \(304, 256\)"),
+        ("text.npy", "text.npy: expected a .npy file of floats"),
+        ("several.npz", "several.npz: expected a .npy file of floats"),
         ("nan.npy", "row 7 is zero"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -237,7 +237,8 @@ def write_market(root):
         bounding_box_test/0003_c13s3_064744_04"""
     for i, name in enumerate(names.split()):
         write_image(root / f"{name}.jpg", (30 * i, 100, 200))
-    (root / "query" / "Thumbs.db").write_bytes(b"")
+    for other in "Thumbs.db", "._0001_c1s1_001051_00.jpg":
+        (root / "query" / other).write_bytes(b"")
 
 
 def test_market_1501(tmp_path):
@@ -257,7 +258,7 @@ def test_msmt17_in_both_releases(tmp_path, folder):
     gallery += "0001/0001_022_09_0302noon_1042_1.jpg 1\r\n"
     for path in (query + gallery).split()[::2]:
         write_image(tmp_path / folder / path)
-    (tmp_path / "list_query.txt").write_text(query)
+    (tmp_path / "list_query.txt").write_text(f"\ufeff{query}")
     (tmp_path / "list_gallery.txt").write_text(f"\n{gallery}\n")
     benchmark = evaluate.read_benchmark(tmp_path)
     assert benchmark.ids.tolist() == [0, 0, 1] and benchmark.cams.tolist() == [1, 5, 9]
@@ -297,6 +298,9 @@ def test_a_line_that_is_wrong_is_named(tmp_path):
     with pytest.raises(ValueError, match="test_name.txt: has no lines 8 to 9"):
         evaluate.read_benchmark(tmp_path)
     table = tmp_path / "info/tracks_test_info.mat"
+    scipy.io.savemat(table, {"track_test_info": np.ones((4, 5))})
+    with pytest.raises(ValueError, match="tracks_test_info.mat: has 5 columns, not 4"):
+        evaluate.read_benchmark(tmp_path)
     for content in ({"other": [[1]]}, {"track_test_info": [[1, 1, 2.5, 1]]}):
         scipy.io.savemat(table, content)
         with pytest.raises(ValueError, match="info.mat: expected whole numbers as track_test_info"):
@@ -368,9 +372,9 @@ def test_pictures_leave_out_what_the_protocol_leaves_out(tmp_path):
     np.testing.assert_allclose(cells[:, 0, 32, 16], [0, 90, 150, 180], atol=5)
     frames = cells[:, :, 1, 16]  # (4, 3)
     assert frames[0].min() > 200
+    assert (frames[1:, 1] > frames[1:, 0]).tolist() == [False, True, False]
     with full_disk(500), pytest.raises(OSError, match="sheet.jpg: cannot be written"):
         evaluate.show_retrieval(tmp_path / "sheet.jpg", benchmark, features, [0], size=(64, 32))
-    assert (frames[1:, 1] > frames[1:, 0]).tolist() == [False, True, False]
 
 
 def test_the_program_prints_the_figures_of_the_weights(market, tmp_path, monkeypatch, capsys):

@@ -255,6 +255,7 @@ WRAPPINGS = {
     "nested": lambda state: {"model": {"state_dict": renamed("_orig_mod.backbone.", state)}},
     "average": lambda state: {"model": {}, "model_ema": renamed("base.", state)},
     "below it": lambda state: {"model_ema": {"model": renamed("module.", state), 3: 4}},
+    "timm": lambda state: {"state_dict": {}, "state_dict_ema": state},
     "odd": lambda state: state | {"a": torch.eye(2).to_sparse(), "b": torch.quantize_per_tensor(
         torch.ones(2), 0.1, 0, torch.qint8)},
 }
@@ -415,7 +416,8 @@ def test_exported_weights_give_the_same_features(tmp_path, monkeypatch, arch, pr
     backbone = build(arch).eval()
     teacher = renamed("backbone.", backbone.state_dict())
     teacher["head.last_layer.weight"] = torch.ones(1)
-    torch.save({"teacher": teacher, "student": {}}, "last.pt")
+    settings = {"arch": arch, "size": (64, 32), "lr": 1}
+    torch.save({"teacher": teacher, "student": {}, "settings": settings}, "last.pt")
     for command in ("export last.pt --out a.pth", "export last.pt --out b.pth --names plain"):
         monkeypatch.setattr("sys.argv", ["model.py", *command.split()])
         model.main()
@@ -429,9 +431,10 @@ def test_exported_weights_give_the_same_features(tmp_path, monkeypatch, arch, pr
     assert torch.load("a.pth", weights_only=True)["teacher"].keys() == names.keys()
     build(arch).load_state_dict(torch.load("b.pth", weights_only=True))
     images = torch.randn(2, 3, 64, 32)
-    for file in ("a.pth", "b.pth"):
-        loaded, size = model.load_backbone(file, arch)
-        assert size == (256, 128) and torch.equal(loaded(images), backbone(images))
+    loaded, size = model.load_backbone("a.pth")
+    assert size == (64, 32) and torch.equal(loaded(images), backbone(images))
+    loaded, size = model.load_backbone("b.pth", arch)
+    assert size == (256, 128) and torch.equal(loaded(images), backbone(images))
 
 
 def test_a_checkpoint_says_its_architecture_and_size(tmp_path, capsys):
@@ -441,7 +444,7 @@ def test_a_checkpoint_says_its_architecture_and_size(tmp_path, capsys):
     torch.save({"teacher": renamed("backbone.", state), "settings": settings}, file)
     backbone, size = model.load_backbone(file)
     assert size == (64, 32) and not backbone.training
-    assert f"{file}: {len(state)} matched [" in capsys.readouterr().out
+    assert f"{file}: images of 64x32, {len(state)} matched [" in capsys.readouterr().out
     torch.save(state | {"settings": argparse.Namespace(arch="r10ibn")}, file)
     with pytest.raises(ValueError, match="last.pt: does not say which architecture"):
         model.load_backbone(file)

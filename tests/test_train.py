@@ -56,17 +56,17 @@ def test_every_setting_has_a_line_of_help(capsys):
 @pytest.mark.parametrize("flags, message", [
     ("--batch 30 --K 4 --epochs 1", "--batch 30 over 1 processes is not a multiple of K=4"),
     ("--K 2 4 --epochs 1", "give each phase its epochs"),
-    ("--K 0 --epochs 1", "--K .*expected 1 to inf"),
+    ("--K 0 --epochs 1", "--K 0: expected a number, 1 to inf"),
     ("--identities true --labels x.json", "goes without --labels"),
-    ("--sigma_cst 3", "expected 0 to 2"),
-    ("--sigma_drm nan", "expected 0 to 2"),
-    ("--local_scale 0.05 1.5", "expected 0.01 to 1"),
-    ("--jitter 0.1 0.1 -0.1 0", "expected 0 to 1"),
-    ("--ema 0.9 1.01", "expected 0 to 1"),
-    ("--grey nan", "expected 0 to 1"),
-    ("--lr inf", "--lr inf: expected 0 to inf"),
-    ("--prototypes 1", "expected 2 to inf"),
-    ("--seed -1", "--seed -1: expected 0 to 4294967295"),
+    ("--sigma_cst 3", "expected a number, 0 to 2"),
+    ("--sigma_drm nan", "expected a number, 0 to 2"),
+    ("--local_scale 0.05 1.5", "expected a number, 0.01 to 1"),
+    ("--jitter 0.1 0.1 -0.1 0", "expected a number, 0 to 1"),
+    ("--ema 0.9 1.01", "expected a number, 0 to 1"),
+    ("--grey nan", "expected a number, 0 to 1"),
+    ("--lr inf", "--lr inf: expected a number, 0 to inf"),
+    ("--prototypes 1", "expected a number, 2 to inf"),
+    ("--seed -1", "--seed -1: expected a number, 0 to 4294967295"),
     ("--name ../elsewhere", "not a path"),
     ("--name ..", "not a path"),
 ])
@@ -150,6 +150,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(moment, run, whole, mon
     def dies(*args, **kwargs):
         calls.append(args)
         if len(calls) == count:
+            if moment == "writing":
+                os.ftruncate(args[0], 1000)
             raise Crash
         return original(*args, **kwargs)
 
@@ -198,6 +200,8 @@ def test_images_that_were_renamed_are_noticed(run, few, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(few, copy)
     run("--data", copy, "--epochs", 0, 0)
+    moved = shutil.copytree(copy, tmp_path / "moved")
+    run("--data", moved, "--epochs", 0, 0)  # the same images somewhere else
     true = ["--data", copy, "--epochs", 0, 0, "--identities", "true", "--name", "true"]
     run(*true)
     truth = copy / "train.json"
@@ -229,13 +233,24 @@ def test_a_full_disk_leaves_the_last_good_state(run):
         run("--epochs", 0, 0)
     folder = run("--epochs", 0, 0)
     assert not list(folder.glob(".*"))
-    # and a folder of somebody else's is not a run's
+    # and a folder of which a run would overwrite something is not its
     (folder / "last.pt").unlink()
-    with pytest.raises(ValueError, match="run: has files but no last.pt; give .* another --name"):
+    with pytest.raises(ValueError, match="run: has no last.pt; give .* another --name"):
         run("--epochs", 0, 0)
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "notes.txt").write_text("what a user writes does not matter")
+    run("--epochs", 0, 0)
     torch.save({"student": {}}, folder / "last.pt")
     with pytest.raises(ValueError, match="last.pt: is not a checkpoint of train.py"):
         run("--epochs", 0, 0)
+
+
+def test_a_run_without_a_step_is_no_loss(run, tmp_path):
+    with pytest.raises(ValueError, match="groups of K=2 images do not fill a batch of 4096"):
+        run("--batch", 4096)
+    assert checkpoint(tmp_path / "runs" / "run")["step"] == 0
+    assert checkpoint(run())["step"] == 9
 
 
 def test_other_people_held_out_are_noticed(run, few, tmp_path):
@@ -246,6 +261,7 @@ def test_other_people_held_out_are_noticed(run, few, tmp_path):
     held_out.write_text(held_out.read_text().replace('"id": 2}', '"id": 1}'))
     with pytest.raises(ValueError, match="images of other names, number or labels"):
         run("--data", copy, "--epochs", 0, 0)
+    assert train.parse_settings(["--data", str(copy / ".hidden")]).name == "hidden-r50ibn"
 
 
 def test_a_step_that_is_not_finite_leaves_the_last_good_state(run, monkeypatch):
