@@ -173,7 +173,8 @@ DEMO_STEPS = {"r10ibn": 90, "vit_tiny": 72}  # of an epoch: r10ibn is quick, vit
 ANY_NUMBER = {"K", "epochs", "without"}  # of values
 # what a run makes, beside last.pt
 MADE = {"log.jsonl", "identities.json", "crops.jpg", "denoised.jpg", "retrieval.jpg"}
-CHANGE_NOTHING = {"name", "data", "labels", "workers", "log_every", "save_every"}  # in a run's result
+# what changes nothing in its result
+CHANGE_NOTHING = {"name", "data", "labels", "workers", "log_every", "save_every"}
 
 
 def parse_settings(argv=None):
