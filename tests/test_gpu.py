@@ -1,12 +1,11 @@
 """What only a GPU shows; skipped without one. Figures are printed: pytest -s tests/test_gpu.py"""
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, checkpoint, events
+from conftest import ROOT, TORCHRUN, checkpoint, events
 from test_train import ONE
 
 import evaluate
@@ -89,7 +88,7 @@ def test_nccl_and_synchronised_batch_norm(processes, walkers, tmp_path):
         pytest.skip(f"needs {processes} GPUs")
     losses = []
     for n in {1, processes}:
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}"]
+        command = [*TORCHRUN, f"--nproc_per_node={n}"]
         flags = f"--data {walkers} --arch r10ibn --recipe demo --identities true"
         flags += " --tracklet_epochs 0 --K 2 --epochs 1 --epoch_steps 5 --log_every 1"
         flags += f" --precision float32 --name n{n}"
@@ -102,7 +101,7 @@ def test_nccl_and_synchronised_batch_norm(processes, walkers, tmp_path):
 def test_the_demo(tmp_path, capfd):
     """The quick start, as a user runs it: at least four times the mAP of random weights."""
     start = time.time()
-    command = [sys.executable, "-m", "torch.distributed.run", str(ROOT / "train.py")]
+    command = [*TORCHRUN, str(ROOT / "train.py")]
     command += ["--arch", "r10ibn", "--workers", "8"]
     subprocess.run(command, cwd=tmp_path, check=True)
     seconds = time.time() - start
