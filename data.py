@@ -578,6 +578,114 @@ def crop_split(split, tracks, out, *options):
         raise ValueError(f"{split}: no sequences with tracks; expected <sequence>/img1/000001.jpg")
 
 
+# ---------------------------------------------------------------- tracklets out of benchmarks
+def cut_benchmark(root, layout, out, held=251, seed=0, swap=0.0):
+    """What a tracker would have given of a benchmark's training images, whose identities are known:
+    tracklets in <out>/train, and `held` people who are held out in <out>/test, where a video is a
+    camera; the truth in train.json and test.json, as for walkers. Images are links.
+
+    layout: a function below. seed: of who is held out. swap: the share of pairs of tracklets of a
+    video, neighbours in time, that are joined into one. Raises ValueError for other names of files
+    and too few people, FileExistsError where `out` exists."""
+    files, person, camera, video, track, frame = layout(Path(root))
+    random = np.random.default_rng(seed)
+    people = np.unique(person)
+    if not 0 < held < len(people):
+        raise ValueError(f"{root}: has {len(people)} people, of whom {held} cannot be held out")
+    test = np.isin(person, random.permutation(people)[:held])
+    joined = join_tracklets(video, track, frame, swap, random)
+    cameras = np.char.mod("camera_%02d", camera)
+    with whole_folder(out) as beside:
+        for split, rows, videos, tracks in (
+            ("train", ~test, video, joined),
+            ("test", test, cameras, track),
+        ):
+            columns = files, person, videos, tracks, frame
+            link_split(beside / split, *[column[rows] for column in columns])
+            print(f"{out}/{split}: {read_tracklets(beside / split)}")
+
+
+def link_split(folder, files, person, video, track, frame):
+    """A folder of links to files in LUPerson-NL's layout, and <folder>.json; arrays (N,)."""
+    order = np.lexsort((frame, track, video))
+    for det, i in enumerate(order):
+        link = folder / video[i] / f"{track[i]:06d}_{frame[i]:07d}_{det:02d}.jpg"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.abspath(files[i]))
+    write_labels(f"{folder}.json", read_tracklets(folder), person[order])
+
+
+def join_tracklets(video, track, frame, share, random):
+    """Tracklets (N,), of which in each video so large a share of pairs has become one."""
+    tracks, first = np.unique(track, return_index=True)
+    in_time = np.lexsort((frame[first], video[first]))
+    union = np.arange(tracks.max() + 1)
+    for a, b in zip(in_time[:-1:2], in_time[1::2]):
+        if video[first[a]] == video[first[b]] and random.random() < share:
+            union[tracks[b]] = tracks[a]
+    return union[track]
+
+
+def read_names(folder, pattern):
+    """The JPEG files in a folder and its folders, sorted, and the parts of their names (N, k)."""
+    files = sorted(folder.rglob("*.jpg"))
+    names = []
+    for file in files:
+        match = re.fullmatch(pattern, file.stem)
+        if not match:
+            raise ValueError(f"{file}: expected a name of the pattern {pattern}")
+        names.append(match.groups())
+    if not files:
+        raise ValueError(f"{folder}: no images")
+    return np.array(files), names
+
+
+def market(root):
+    """Market-1501's bounding_box_train: 0002_c1s1_000451_03.jpg is person 2 under camera 1, in its
+    sequence 1 at frame 451. A tracklet is a person under a camera with gaps of 200 frames at most;
+    a video is 5,000 frames. Videos sort by sequence, time and camera."""
+    pattern = r"(\d+)_c(\d+)s(\d+)_(\d+)_(\d+)"
+    files, names = read_names(root / "bounding_box_train", pattern)
+    person, camera, sequence, frame, _ = np.array(names, int).T
+    order = np.lexsort((frame, sequence, camera, person))
+    where = np.stack([person, camera, sequence])[:, order]
+    new = (np.diff(where) != 0).any(0) | (np.diff(frame[order]) > 200)
+    track = np.empty_like(frame)
+    track[order] = np.append(0, new.cumsum())
+    first = np.full(track.max() + 1, LARGEST)
+    np.minimum.at(first, track, frame)
+    places = zip(sequence, first[track] // 5000, camera)
+    video = np.array(["sequence_%d/part_%03d/camera_%d" % place for place in places])
+    return files, person, camera, video, track, frame
+
+
+def msmt17(root):
+    """MSMT17's training images, 0000_000_01_0303morning_0015_0.jpg: person 0, image 0, camera 1, a
+    date and a time of day, tracklet 15. These are a video; its frames are not known."""
+    folder = "mask_train_v2" if (root / "mask_train_v2").exists() else "train"
+    pattern = r"(\d+)_(\d+)_(\d+)_(\d+)(morning|noon|afternoon)_(\d+)_.*"
+    files, names = read_names(root / folder, pattern)
+    hours = {"morning": 1, "noon": 2, "afternoon": 3}
+    numbers = [[*name[:4], hours[name[4]], name[5]] for name in names]
+    person, _, camera, date, hour, tracklet = np.array(numbers, int).T
+    places = zip(date, hour, camera)
+    video = np.array(["date_%04d/part_%d/camera_%02d" % place for place in places])
+    tracks = np.stack([person, camera, date, hour, tracklet])
+    track = np.unique(tracks, axis=1, return_inverse=True)[1].ravel()
+    return files, person, camera, video, track, np.arange(len(files))
+
+
+def mars(root):
+    """MARS' bbox_train, 0001C1T0001F001.jpg: person 1, camera 1, tracklet 1 of theirs, image 1. A
+    video is a camera; its frames are not known."""
+    files, names = read_names(root / "bbox_train", r"(\d+)C(\d+)T(\d+)F(\d+)")
+    person, camera, tracklet, _ = np.array(names, int).T
+    video = np.char.mod("camera_%d", camera)
+    tracks = np.stack([person, camera, tracklet])
+    track = np.unique(tracks, axis=1, return_inverse=True)[1].ravel()
+    return files, person, camera, video, track, np.arange(len(files))
+
+
 # ---------------------------------------------------------------- walkers, drawn people
 HEIGHT = 128
 WIDTH = 64
@@ -875,19 +983,40 @@ def draw_person(image, x, y, scale, box, look):
 
 
 # ---------------------------------------------------------------- the program
-def main():
-    """Cut the boxes of a tracker out of videos, into a folder of tracklets."""
+def parse_flags():
+    """The command and its flags; the parser, for what is wrong with them."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    add = parser.add_argument
-    add("command", choices=["crop"])
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("crop", help="the boxes of a tracker, out of videos").add_argument
     add("--video", help="a video file (needs the package av) or a folder of frames")
     add("--split", help="instead a MOTChallenge split, <split>/<sequence>/img1/")
     add("--tracks", help="MOTChallenge file, or for --split a folder of them")
     add("--out", required=True, help="folder for <video>/<track>_<frame>_<det>.jpg")
-    add("--every", type=int, default=1, help="take every n-th frame")
+    add("--every", type=int, default=1, help="take every n-th frame [1]")
     add("--confidence", type=float, default=-np.inf, help="drop boxes of a lower one")
     add("--min_size", type=int, nargs=2, default=(1, 1), help="height, width: drop smaller boxes")
-    args = parser.parse_args()
+    add = commands.add_parser("tracklets", help="out of a benchmark's training set").add_argument
+    add("--market", help="folder with Market-1501's bounding_box_train/")
+    add("--msmt17", help="MSMT17's folder, with train/ or mask_train_v2/")
+    add("--mars", help="MARS' folder, with bbox_train/")
+    add("--out", required=True, help="folder for train/, test/, train.json, test.json")
+    add("--held", type=int, default=251, help="people who are held out, in test/ [251]")
+    add("--seed", type=int, default=0, help="of the choice of these [0]")
+    add("--swap", type=float, default=0, help="share of pairs of tracklets that are joined [0]")
+    return parser.parse_args(), parser
+
+
+def main():
+    """Tracklets out of videos that were tracked, or out of a benchmark's training images."""
+    args, parser = parse_flags()
+    if args.command == "tracklets":
+        given = {layout: vars(args)[layout.__name__] for layout in (market, msmt17, mars)}
+        given = [(layout, root) for layout, root in given.items() if root]
+        if len(given) != 1 or not 0 <= args.swap <= 1:
+            parser.error("expected one of --market, --msmt17 and --mars, and --swap from 0 to 1")
+        layout, root = given[0]
+        cut_benchmark(root, layout, args.out, args.held, args.seed, args.swap)
+        return
     if min(args.every, *args.min_size) < 1 or math.isnan(args.confidence):
         parser.error("--every and --min_size: expected numbers from 1, --confidence: a number")
     options = args.every, args.confidence, args.min_size

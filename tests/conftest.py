@@ -64,19 +64,21 @@ def walkers(tmp_path_factory):
 @pytest.fixture(scope="session")
 def market(walkers, tmp_path_factory):
     """Held-out walkers under Market-1501's names: every fifth image of a person is a query, and all
-    are in the gallery."""
+    are in the gallery; those who are somebody are in the training set too."""
     from data import read_labels, read_tracklets
 
     root = tmp_path_factory.mktemp("market") / "Market-1501-v15.09.15"
     t = read_tracklets(walkers / "test")
     ids = read_labels(walkers / "test.json", t)
-    for folder in "query", "bounding_box_test":
+    for folder in "query", "bounding_box_test", "bounding_box_train":
         (root / folder).mkdir(parents=True)
     for i in range(len(t)):
         source = walkers / "test" / t.path(i)
         person = "-1" if ids[i] < 0 else f"{ids[i] + 1:04d}"
         name = f"{person}_c{t.video[i] + 1}s1_{i:06d}"
         shutil.copy(source, root / "bounding_box_test" / f"{name}_01.jpg")
+        if ids[i] >= 0:
+            shutil.copy(source, root / "bounding_box_train" / f"{name}_01.jpg")
         if ids[i] >= 0 and i % 5 == 0:
             shutil.copy(source, root / "query" / f"{name}_00.jpg")
     return root

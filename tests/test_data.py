@@ -692,6 +692,90 @@ def test_av_is_asked_for_where_it_is_missing_or_too_old(tmp_path, monkeypatch):
             next(data.read_frames(tmp_path / "walk.mp4", [1], 1))
 
 
+# ---------------------------------------------------------------- tracklets out of benchmarks
+LAYOUTS = {
+    # of each image: the tracklet it is of, and the video
+    "market": """
+        bounding_box_train/0002_c1s1_000451_03 a sequence_1/part_000/camera_1
+        bounding_box_train/0002_c1s1_000651_01 a sequence_1/part_000/camera_1
+        bounding_box_train/0002_c1s1_000852_01 b sequence_1/part_000/camera_1
+        bounding_box_train/0002_c1s1_004990_01 c sequence_1/part_000/camera_1
+        bounding_box_train/0002_c1s1_005100_01 c sequence_1/part_000/camera_1
+        bounding_box_train/0002_c1s2_005100_01 d sequence_2/part_001/camera_1
+        bounding_box_train/0002_c3s1_005100_01 e sequence_1/part_001/camera_3
+        bounding_box_train/0007_c1s1_000451_01 f sequence_1/part_000/camera_1
+        bounding_box_train/0007_c1s1_000451_02 f sequence_1/part_000/camera_1
+        bounding_box_train/0010_c2s1_000451_01 g sequence_1/part_000/camera_2""",
+    "msmt17": """
+        mask_train_v2/0000/0000_000_01_0303morning_0015_0 a date_0303/part_1/camera_01
+        mask_train_v2/0000/0000_001_01_0303morning_0015_1_ex a date_0303/part_1/camera_01
+        mask_train_v2/0000/0000_002_01_0303morning_0016_0 b date_0303/part_1/camera_01
+        mask_train_v2/0000/0000_003_14_0303afternoon_0015_0 c date_0303/part_3/camera_14
+        mask_train_v2/0001/0001_000_01_0303noon_0015_0 d date_0303/part_2/camera_01
+        mask_train_v2/0001/0001_001_01_0113noon_0015_0 e date_0113/part_2/camera_01""",
+    "mars": """
+        bbox_train/0001/0001C1T0001F001 a camera_1
+        bbox_train/0001/0001C1T0001F002 a camera_1
+        bbox_train/0001/0001C1T0002F001 b camera_1
+        bbox_train/0001/0001C6T0001F001 c camera_6
+        bbox_train/0003/0003C1T0001F001 d camera_1""",
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_names_of_benchmarks_tell_tracklets_and_videos(tmp_path, name):
+    names, tracklets, videos = zip(*map(str.split, LAYOUTS[name].strip().splitlines()))
+    make_tree(tmp_path, [f"{name}.jpg" for name in names])
+    files, person, camera, video, track, frame = getattr(data, name)(tmp_path)
+    assert [str(file.relative_to(tmp_path)) for file in files] == [f"{name}.jpg" for name in names]
+    assert video.tolist() == list(videos)
+    same = np.array(tracklets)[:, None] == tracklets
+    assert ((track[:, None] == track) == same).all()
+    assert person.tolist() == [int(file.name[:4]) for file in files]
+    assert camera.tolist() == [int(folder.split("camera_")[1]) for folder in videos]
+    if name == "market":
+        assert frame.tolist() == [int(file.name.split("_")[2]) for file in files]
+    else:
+        assert len(set(frame)) == len(files)  # nobody is taken to be seen together
+    make_tree(tmp_path, [f"{names[0].split('/')[0]}/portrait.jpg"])
+    with pytest.raises(ValueError, match="portrait.jpg: expected a name "):
+        getattr(data, name)(tmp_path)
+
+
+def test_a_benchmark_as_a_tracker_would_have_given_it(tmp_path, in_process):
+    names = [line.split()[0] for line in LAYOUTS["market"].strip().splitlines()]
+    root = make_tree(tmp_path / "market", [f"{name}.jpg" for name in names])
+    people = [{0, 1, 2, 3, 4, 5, 6}, {7, 8}, {9}]
+    drawn = set()
+    for seed in range(8):
+        out = tmp_path / str(seed)
+        flags = ["--market", root, "--out", out, "--held", 1, "--seed", seed, "--swap", seed % 2]
+        in_process("data.py tracklets", *flags)
+        shown = {}
+        for split in data.find_splits(out):
+            t = data.read_tracklets(split)
+            labels = data.read_labels(f"{split}.json", t)
+            shown[split.name] = [level(image) for image, _ in data.Images(t, (16, 8))]
+            for label in set(labels):
+                own = {shown[split.name][i] for i in np.flatnonzero(labels == label)}
+                assert own in people
+        # all that a person is seen in is on one side
+        assert sorted(shown["train"] + shown["test"]) == list(range(10))
+        assert set(shown["test"]) in people
+        drawn.add(tuple(shown["test"]))
+        assert all(folder.startswith("camera_0") for folder in os.listdir(out / "test"))
+        # of the first video of persons 2 and 7 the pairs in time are a, f and b, c
+        if set(shown["test"]) == {9}:
+            t = data.read_tracklets(out / "train")
+            first = [shown["train"][i] for i in range(len(t)) if t.track[i] == 0]
+            assert set(first) == ({0, 1, 7, 8} if seed % 2 else {0, 1})
+    assert len(drawn) == 3
+    with pytest.raises(ValueError, match="has 3 people, of whom 3 cannot be held out"):
+        in_process("data.py tracklets", "--market", root, "--out", tmp_path / "no", "--held", 3)
+    with pytest.raises(SystemExit):
+        in_process("data.py tracklets", "--out", tmp_path / "no")
+
+
 # ---------------------------------------------------------------- walkers
 SMALL = dict(people=10, videos=6, held_out=6, test_videos=3)
 

@@ -15,7 +15,8 @@ README = (ROOT / "README.md").read_text()
 USAGE = (ROOT / "docs" / "usage.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = ("data", "denoise", "model", "distill", "train", "evaluate")
-PROGRAMS = ("train.py", "denoise.py", "evaluate.py", "model.py", "data.py crop", "tests/claim.py")
+PROGRAMS = ("train.py", "denoise.py", "evaluate.py", "model.py", "tests/claim.py")
+PROGRAMS += ("data.py crop", "data.py tracklets")
 BENCHMARKS = ("denoise", "scale", "loss", "step", "networks", "evaluate")
 TORCHRUN = set(
     "--nproc_per_node --nnodes --max-restarts --standalone --rdzv-backend --rdzv-endpoint".split()
@@ -123,7 +124,9 @@ def test_the_commands_run(page, user, few, in_process):
             flags[flags.index("FILE")] = "runs/DIR-r10ibn/last.pt"
         if "street.mp4" in flags:
             flags[flags.index("DIR")] = "crops"
-        if flags[:1] in (["crop"], ["export"]):
+        if "tracklets" in flags:
+            flags += ["--held", 2]
+        if flags[:1] in (["crop"], ["export"], ["tracklets"]):
             script = f"{script} {flags.pop(0)}"
         in_process(script, *flags)
         ran.append(script)
