@@ -74,15 +74,16 @@ class Tracklets:
         return digest.hexdigest()
 
 
+def stop(error):
+    """What os.walk is to do at a folder that cannot be read."""
+    raise error
+
+
 def read_tracklets(root):
     """Index the JPEG files of a folder in LUPerson-NL's layout, <video>/<track>_<frame>_<det>.jpg,
     where folders may stand above the videos'. What is hidden and other files are left alone. Raises
     OSError for a folder that cannot be read, ValueError for JPEG files of other names, and where
     there are none."""
-
-    def stop(error):
-        raise error
-
     folders = []
     columns = []
     tracks = 0
@@ -628,7 +629,11 @@ def join_tracklets(video, track, frame, share, random):
 
 def read_names(folder, pattern):
     """The JPEG files in a folder and its folders, sorted, and the parts of their names (N, k)."""
-    files = sorted(folder.rglob("*.jpg"))
+    files = []
+    for path, _, inside in os.walk(folder, onerror=stop):
+        wanted = [file for file in inside if file.endswith(".jpg") and not file.startswith(".")]
+        files += [Path(path) / file for file in wanted]
+    files.sort()
     names = []
     for file in files:
         match = re.fullmatch(pattern, file.stem)
@@ -644,9 +649,9 @@ def market(root):
     """Market-1501's bounding_box_train: 0002_c1s1_000451_03.jpg is person 2 under camera 1, in its
     sequence 1 at frame 451. A tracklet is a person under a camera with gaps of 200 frames at most;
     a video is 5,000 frames. Videos sort by sequence, time and camera."""
-    pattern = r"(\d+)_c(\d+)s(\d+)_(\d+)_(\d+)"
+    pattern = r"(\d{1,18})_c(\d{1,18})s(\d{1,18})_(\d{1,18})_(\d+)"
     files, names = read_names(root / "bounding_box_train", pattern)
-    person, camera, sequence, frame, _ = np.array(names, int).T
+    person, camera, sequence, frame = np.array(names)[:, :4].astype(int).T
     order = np.lexsort((frame, sequence, camera, person))
     where = np.stack([person, camera, sequence])[:, order]
     new = (np.diff(where) != 0).any(0) | (np.diff(frame[order]) > 200)
@@ -663,11 +668,11 @@ def msmt17(root):
     """MSMT17's training images, 0000_000_01_0303morning_0015_0.jpg: person 0, image 0, camera 1, a
     date and a time of day, tracklet 15. These are a video; its frames are not known."""
     folder = "mask_train_v2" if (root / "mask_train_v2").exists() else "train"
-    pattern = r"(\d+)_(\d+)_(\d+)_(\d+)(morning|noon|afternoon)_(\d+)_.*"
+    pattern = r"(\d{1,18})_(\d+)_(\d{1,18})_(\d{4})(morning|noon|afternoon)_(\d{1,18})_.*"
     files, names = read_names(root / folder, pattern)
     hours = {"morning": 1, "noon": 2, "afternoon": 3}
-    numbers = [[*name[:4], hours[name[4]], name[5]] for name in names]
-    person, _, camera, date, hour, tracklet = np.array(numbers, int).T
+    numbers = [[name[0], *name[2:4], hours[name[4]], name[5]] for name in names]
+    person, camera, date, hour, tracklet = np.array(numbers, int).T
     places = zip(date, hour, camera)
     video = np.array(["date_%04d/part_%d/camera_%02d" % place for place in places])
     tracks = np.stack([person, camera, date, hour, tracklet])
@@ -678,8 +683,8 @@ def msmt17(root):
 def mars(root):
     """MARS' bbox_train, 0001C1T0001F001.jpg: person 1, camera 1, tracklet 1 of theirs, image 1. A
     video is a camera; its frames are not known."""
-    files, names = read_names(root / "bbox_train", r"(\d+)C(\d+)T(\d+)F(\d+)")
-    person, camera, tracklet, _ = np.array(names, int).T
+    files, names = read_names(root / "bbox_train", r"(\d{1,18})C(\d)T(\d{1,18})F(\d+)")
+    person, camera, tracklet = np.array(names)[:, :3].astype(int).T
     video = np.char.mod("camera_%d", camera)
     tracks = np.stack([person, camera, tracklet])
     track = np.unique(tracks, axis=1, return_inverse=True)[1].ravel()

@@ -737,8 +737,16 @@ def test_names_of_benchmarks_tell_tracklets_and_videos(tmp_path, name):
         assert frame.tolist() == [int(file.name.split("_")[2]) for file in files]
     else:
         assert len(set(frame)) == len(files)  # nobody is taken to be seen together
-    make_tree(tmp_path, [f"{names[0].split('/')[0]}/portrait.jpg"])
-    with pytest.raises(ValueError, match="portrait.jpg: expected a name "):
+    folder = names[0].split("/")[0]
+    make_tree(tmp_path, [f"{folder}/._0001.jpg"])  # of macOS
+    assert len(getattr(data, name)(tmp_path)[0]) == len(files)
+    for wrong in "portrait.jpg", names[0].split("/")[-1].replace("0", 19 * "9", 1) + ".jpg":
+        make_tree(tmp_path, [f"{folder}/{wrong}"])
+        with pytest.raises(ValueError, match=f"{wrong}: expected a name "):
+            getattr(data, name)(tmp_path)
+        (tmp_path / folder / wrong).unlink()
+    shutil.rmtree(tmp_path / folder)
+    with pytest.raises(FileNotFoundError, match="train"):
         getattr(data, name)(tmp_path)
 
 
