@@ -2,8 +2,9 @@
 memory (paper, section 3.1).
 
 In this order: the index of a folder, labels in the CION-AL annotation format, images, the identity
-sampler; then cropping videos into tracklets (`python data.py crop`) and *walkers*, drawn people
-whose identities are known. Read first: `Tracklets`, `read_tracklets`, `sample_identities`.
+sampler; then cropping videos into tracklets (`python data.py crop`), tracklets out of benchmarks
+(`python data.py tracklets`) and *walkers*, drawn people whose identities are known. Read first:
+`Tracklets`, `read_tracklets`, `sample_identities`.
 """
 import argparse
 import atexit
@@ -602,18 +603,21 @@ def cut_benchmark(root, layout, out, held=251, seed=0, swap=0.0):
             ("test", test, cameras, track),
         ):
             columns = files, person, videos, tracks, frame
-            link_split(beside / split, *[column[rows] for column in columns])
-            print(f"{out}/{split}: {read_tracklets(beside / split)}")
+            tracklets = link_split(beside / split, *[column[rows] for column in columns])
+            print(f"{out}/{split}: {tracklets}")
 
 
 def link_split(folder, files, person, video, track, frame):
-    """A folder of links to files in LUPerson-NL's layout, and <folder>.json; arrays (N,)."""
+    """A folder of links to files in LUPerson-NL's layout, and <folder>.json; arrays (N,). Returns
+    its index."""
     order = np.lexsort((frame, track, video))
     for det, i in enumerate(order):
         link = folder / video[i] / f"{track[i]:06d}_{frame[i]:07d}_{det:02d}.jpg"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.abspath(files[i]))
-    write_labels(f"{folder}.json", read_tracklets(folder), person[order])
+    tracklets = read_tracklets(folder)
+    write_labels(f"{folder}.json", tracklets, person[order])
+    return tracklets
 
 
 def join_tracklets(video, track, frame, share, random):
@@ -643,6 +647,11 @@ def read_names(folder, pattern):
     if not files:
         raise ValueError(f"{folder}: no images")
     return np.array(files), names
+
+
+def number_columns(*columns):
+    """Numbers (N,) of the combinations that columns (N,) have."""
+    return np.unique(np.stack(columns), axis=1, return_inverse=True)[1].ravel()
 
 
 def market(root):
@@ -675,8 +684,7 @@ def msmt17(root):
     person, camera, date, hour, tracklet = np.array(numbers, int).T
     places = zip(date, hour, camera)
     video = np.array(["date_%04d/part_%d/camera_%02d" % place for place in places])
-    tracks = np.stack([person, camera, date, hour, tracklet])
-    track = np.unique(tracks, axis=1, return_inverse=True)[1].ravel()
+    track = number_columns(person, camera, date, hour, tracklet)
     return files, person, camera, video, track, np.arange(len(files))
 
 
@@ -686,8 +694,7 @@ def mars(root):
     files, names = read_names(root / "bbox_train", r"(\d{1,18})C(\d)T(\d{1,18})F(\d+)")
     person, camera, tracklet = np.array(names)[:, :3].astype(int).T
     video = np.char.mod("camera_%d", camera)
-    tracks = np.stack([person, camera, tracklet])
-    track = np.unique(tracks, axis=1, return_inverse=True)[1].ravel()
+    track = number_columns(person, camera, tracklet)
     return files, person, camera, video, track, np.arange(len(files))
 
 
@@ -989,7 +996,7 @@ def draw_person(image, x, y, scale, box, look):
 
 # ---------------------------------------------------------------- the program
 def parse_flags():
-    """The command and its flags; the parser, for what is wrong with them."""
+    """The command and its flags, and the parser, whose `error` says what is wrong with them."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("crop", help="the boxes of a tracker, out of videos").add_argument
@@ -1015,12 +1022,11 @@ def main():
     """Tracklets out of videos that were tracked, or out of a benchmark's training images."""
     args, parser = parse_flags()
     if args.command == "tracklets":
-        given = {layout: vars(args)[layout.__name__] for layout in (market, msmt17, mars)}
-        given = [(layout, root) for layout, root in given.items() if root]
-        if len(given) != 1 or not 0 <= args.swap <= 1:
+        layouts = [layout for layout in (market, msmt17, mars) if vars(args)[layout.__name__]]
+        if len(layouts) != 1 or not 0 <= args.swap <= 1:
             parser.error("expected one of --market, --msmt17 and --mars, and --swap from 0 to 1")
-        layout, root = given[0]
-        cut_benchmark(root, layout, args.out, args.held, args.seed, args.swap)
+        root = vars(args)[layouts[0].__name__]
+        cut_benchmark(root, layouts[0], args.out, args.held, args.seed, args.swap)
         return
     if min(args.every, *args.min_size) < 1 or math.isnan(args.confidence):
         parser.error("--every and --min_size: expected numbers from 1, --confidence: a number")

@@ -207,7 +207,7 @@ def parse_settings(argv=None):
     if s.identities == "instance":
         s.K = (1,) * len(s.K)
     if not s.name:
-        folder = data_folder(s).resolve().name.lstrip(".")  # no run is hidden
+        folder = data_folder(s).resolve().name.lstrip(".")  # a hidden name would be refused
         s.name = f"{folder}-{s.arch.replace('/', '-')}"
         if s.identities != "cion":
             s.name += f"-{s.identities}"
