@@ -753,6 +753,7 @@ def read_features(args, tracklets, out):
         features = np.load(args.features, mmap_mode="r")
         if features.ndim != 2 or len(features) != len(tracklets) or features.dtype.kind != "f":
             raise ValueError(f"it has the shape {features.shape}, the type {features.dtype}")
+    # an .npz file is no array and has no shape
     except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         expected = f"a .npy file of floats, a row for each of {len(tracklets):,} images"
         raise ValueError(f"{args.features}: expected {expected} of --index; {error}") from None

@@ -394,7 +394,7 @@ def load_weights(model, file):
     torchvision and timm, or DINO's; a ViT takes the blocks of timm's and DINO's, not the stem.
     Returns {"matched", "missing", "left_over"}, lists of names. Raises ValueError, leaving the
     model as it was, where less than 90% of its weights are found under their name and in their
-    shape, or one is not finite."""
+    shape, one is not finite, or positions are of a grid that is not known."""
     own = model.state_dict()
     state = backbone_weights(read_checkpoint(file))
     # ConvNeXt, EdgeNeXt and FastViT have other names where they were published, and in the
@@ -403,7 +403,7 @@ def load_weights(model, file):
     if translate and own.keys().isdisjoint(state):
         try:
             state = translate(state, model)
-        except Exception:  # whatever it makes of another network's weights: refused below
+        except Exception:  # whatever it raises for another network's weights, refused below
             pass
     if "pos_embed" in state:
         positions = state["pos_embed"].float()
