@@ -657,7 +657,10 @@ def number_columns(*columns):
 def market(root):
     """Market-1501's bounding_box_train: 0002_c1s1_000451_03.jpg is person 2 under camera 1, in its
     sequence 1 at frame 451. A tracklet is a person under a camera with gaps of 200 frames at most;
-    a video is 5,000 frames. Videos sort by sequence, time and camera."""
+    a video is 5,000 frames. Videos sort by time and camera.
+
+    All cameras ran at one time and, by their sequences' lengths, stopped together. Each began to
+    count anew with each of its sequences, which are not the other cameras'."""
     pattern = r"(\d{1,18})_c(\d{1,18})s(\d{1,18})_(\d{1,18})_(\d+)"
     files, names = read_names(root / "bounding_box_train", pattern)
     person, camera, sequence, frame = np.array(names)[:, :4].astype(int).T
@@ -666,11 +669,17 @@ def market(root):
     new = (np.diff(where) != 0).any(0) | (np.diff(frame[order]) > 200)
     track = np.empty_like(frame)
     track[order] = np.append(0, new.cumsum())
+
+    time = frame.copy()  # before the end, then since the beginning
+    for c in np.unique(camera):
+        own = camera == c
+        for s in np.unique(sequence[own]):
+            time[own & (sequence <= s)] -= frame[own & (sequence == s)].max()
+    time -= time.min()
     first = np.full(track.max() + 1, LARGEST)
-    np.minimum.at(first, track, frame)
-    places = zip(sequence, first[track] // 5000, camera)
-    video = np.array(["sequence_%d/part_%03d/camera_%d" % place for place in places])
-    return files, person, camera, video, track, frame
+    np.minimum.at(first, track, time)
+    video = np.array(["part_%03d/camera_%d" % place for place in zip(first[track] // 5000, camera)])
+    return files, person, camera, video, track, time
 
 
 def msmt17(root):

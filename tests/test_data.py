@@ -696,16 +696,16 @@ def test_av_is_asked_for_where_it_is_missing_or_too_old(tmp_path, monkeypatch):
 LAYOUTS = {
     # of each image: the tracklet it is of, and the video
     "market": """
-        bounding_box_train/0002_c1s1_000451_03 a sequence_1/part_000/camera_1
-        bounding_box_train/0002_c1s1_000651_01 a sequence_1/part_000/camera_1
-        bounding_box_train/0002_c1s1_000852_01 b sequence_1/part_000/camera_1
-        bounding_box_train/0002_c1s1_004990_01 c sequence_1/part_000/camera_1
-        bounding_box_train/0002_c1s1_005100_01 c sequence_1/part_000/camera_1
-        bounding_box_train/0002_c1s2_005100_01 d sequence_2/part_001/camera_1
-        bounding_box_train/0002_c3s1_005100_01 e sequence_1/part_001/camera_3
-        bounding_box_train/0007_c1s1_000451_01 f sequence_1/part_000/camera_1
-        bounding_box_train/0007_c1s1_000451_02 f sequence_1/part_000/camera_1
-        bounding_box_train/0010_c2s1_000451_01 g sequence_1/part_000/camera_2""",
+        bounding_box_train/0002_c1s1_000451_03 a part_000/camera_1
+        bounding_box_train/0002_c1s1_000651_01 a part_000/camera_1
+        bounding_box_train/0002_c1s1_000852_01 b part_000/camera_1
+        bounding_box_train/0002_c1s1_004990_01 c part_000/camera_1
+        bounding_box_train/0002_c1s1_005100_01 c part_000/camera_1
+        bounding_box_train/0002_c1s2_005100_01 d part_001/camera_1
+        bounding_box_train/0002_c3s1_005100_01 e part_001/camera_3
+        bounding_box_train/0007_c1s1_000451_01 f part_000/camera_1
+        bounding_box_train/0007_c1s1_000451_02 f part_000/camera_1
+        bounding_box_train/0010_c2s1_000451_01 g part_001/camera_2""",
     "msmt17": """
         mask_train_v2/0000/0000_000_01_0303morning_0015_0 a date_0303/part_1/camera_01
         mask_train_v2/0000/0000_001_01_0303morning_0015_1_ex a date_0303/part_1/camera_01
@@ -734,7 +734,8 @@ def test_names_of_benchmarks_tell_tracklets_and_videos(tmp_path, name):
     assert person.tolist() == [int(file.name[:4]) for file in files]
     assert camera.tolist() == [int(folder.split("camera_")[1]) for folder in videos]
     if name == "market":
-        assert frame.tolist() == [int(file.name.split("_")[2]) for file in files]
+        # the cameras stop together, after two sequences of the first, one of the others
+        assert frame.tolist() == [0, 200, 401, 4539, 4649, 9749, 9749, 0, 0, 9749]
     else:
         assert len(set(frame)) == len(files)  # nobody is taken to be seen together
     folder = names[0].split("/")[0]
