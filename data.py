@@ -334,28 +334,39 @@ def framed(image, colour):
 
 
 # ---------------------------------------------------------------- sampling
-def sample_identities(labels, K, batch, seed, epoch, steps):
+def sample_identities(labels, K, batch, seed, epoch, steps, video=None):
     """The batches of one epoch: image indices (steps, batch), K images of an identity contiguous.
     labels (N,), -1 for images that are left out. Pure in its arguments.
 
-    A pass shuffles the images of each identity and cuts them into groups of K: what is left over
+    A pass shuffles the images of each identity and deals them into groups of K: what is left over
     waits for another pass, an identity with fewer repeats them. Groups are shuffled into batches.
-    `steps` may ask for more than one pass. Process r of w takes columns r * batch / w to
+    `steps` may ask for more than one pass. With video (N,) a group is of different videos, as far
+    as its identity has been seen in them, and groups of one video are left out, unless too few
+    others are there to fill a batch. Process r of w takes columns r * batch / w to
     (r + 1) * batch / w: their union is the same for any w. Raises ValueError if K does not divide
     the batch, or if all groups together do not fill one."""
     if batch % K:
         raise ValueError(f"a batch of {batch} does not divide into K={K} images of each identity")
+    if video is None:
+        video = np.zeros(len(labels), int)
     random = np.random.default_rng([seed, epoch])
     batches = []
     while len(batches) < steps:
         images = random.permutation(np.flatnonzero(labels >= 0))
-        images = images[np.argsort(labels[images], kind="stable")]
+        # identities one after the other, and in each its videos, in random order
+        place = random.permutation(video.max() + 1)[video[images]]
+        images = images[np.lexsort((place, labels[images]))]
         begins = np.flatnonzero(np.diff(labels[images])) + 1
-        # resize cuts off the end, or repeats from the beginning
         groups = []
         for own in np.split(images, begins):
-            groups.append(np.resize(own, (max(len(own) // K, 1), K)))
+            # dealt like cards: neighbours, who may be of one video, go to different groups;
+            # resize cuts off the end, or repeats from the beginning
+            count = max(len(own) // K, 1)
+            groups.append(np.resize(own, (K, count)).T)
         groups = random.permutation(np.concatenate(groups))
+        across = (video[groups] != video[groups[:, :1]]).any(1)
+        if across.sum() * K >= batch:
+            groups = groups[across]
         full = len(groups) * K // batch
         if full == 0:
             groups = f"{len(groups)} groups of K={K} images"

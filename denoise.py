@@ -479,7 +479,7 @@ def seen_together(labels, frame):
 # ---------------------------------------------------------------- closest first, not the closure
 
 
-def merge_closest_first(centroids, sigma_drm, r_s, apart, nearness=0.1):
+def merge_closest_first(centroids, sigma_drm, r_s, apart, nearness=0.2):
     """Join linked tracklets, the closest first, while closer than sigma_drm: numbers (T,).
 
     How far two identities are is the mean over the pairs of their tracklets, which the sums of

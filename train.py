@@ -71,7 +71,7 @@ class Settings:
 
     arch: str = setting("r50ibn", "backbone; `python model.py` lists them")
     data: str = setting("", "folder of tracklets, <video>/<track>_<frame>_<det>.jpg; none: walkers")
-    recipe: str = setting("", "default: demo without --data", choices=("paper", "demo"))
+    recipe: str = setting("", "default: demo without --data", choices=("paper", "demo", "people"))
     name: str = setting("", "folder below runs/; the same command goes on with what is there")
     weights: str = setting("", "backbone weights that replace stage 1")
     labels: str = setting("", "annotation JSON that replaces stage 1 and denoising")
@@ -169,6 +169,20 @@ DEMO = {
     "r_s": 130,
     "workers": 1,
 }
+# Real people in half an hour: cameras differ more than those of walkers.
+PEOPLE = DEMO | {
+    "local_crops": 0,
+    "jitter": (0.4, 0.4, 0.2, 0.1),
+    "tracklet_epochs": 4,
+    "K": (2,),
+    "epochs": (36,),
+    "rounds": 9,
+    "epoch_steps": 0,
+    "lr": 1.2e-2,
+    "ema": (0.5, 0.5),
+    "r_s": 300,
+}
+RECIPES = {"paper": {}, "demo": DEMO, "people": PEOPLE}
 DEMO_STEPS = {"r10ibn": 90, "vit_tiny": 72}  # of an epoch: r10ibn is quick, vit_tiny needs more
 ANY_NUMBER = {"K", "epochs", "without"}  # of values
 # what a run makes, beside last.pt
@@ -199,8 +213,8 @@ def parse_settings(argv=None):
     given = vars(parser.parse_args(argv))
     recipe = given.get("recipe") or ("paper" if given.get("data") else "demo")
     s = Settings(recipe=recipe)
+    vars(s).update(RECIPES[recipe])
     if recipe == "demo":
-        vars(s).update(DEMO)
         s.epoch_steps = DEMO_STEPS.get(given.get("arch"), s.epoch_steps)
     for name, value in given.items():
         setattr(s, name, tuple(value) if isinstance(value, list) else value)
@@ -504,7 +518,8 @@ def generator_of(seed, step):
 def load_epoch(state, s, tracklets, labels, K, epoch, steps):
     """Yields uint8 images (B, 3, H, W) of every step of an epoch that is still to come: of its
     batch, K images of each identity side by side, those columns that are this process's."""
-    batches = data.sample_identities(labels, K, s.batch, s.seed, epoch, steps)
+    video = tracklets.video
+    batches = data.sample_identities(labels, K, s.batch, s.seed, epoch, steps, video)
     share = s.batch // dist.get_world_size()
     first = dist.get_rank() * share
     mine = batches[state.step - epoch * steps :, first : first + share]

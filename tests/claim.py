@@ -1,14 +1,17 @@
 """The paper's claim in miniature (its figure 1): learning from single images < from single-video
-tracklets < from identities across videos.
+tracklets < from identities across videos. On walkers, and on people:
 
     python tests/claim.py            # make every run that docs/claim.jsonl does not hold yet
     python tests/claim.py r10ibn     # of these, the runs whose command has this word
     python tests/claim.py --list     # the commands
-    python tests/claim.py --tables   # write the tables of README.md and docs/claim.md anew
+    python tests/claim.py --tables   # write the tables of README.md, docs/claim.md, docs/people.md
+    python tests/claim.py --data data/market    # likewise: docs/people.jsonl, with the data sets
+                                                # data/market-1, -2, -3 of data.py tracklets
+    python tests/claim.py --curves   # docs/people.svg, with matplotlib
 
-A seed draws a world of its own (the people to learn from and those held out) and everything random
-in training. Every run is one command, and every run is a line of the file. What was interrupted
-goes on.
+A seed is of a world of its own (the people to learn from and those held out) and of everything
+random in training. Every run is one command, and every run is a line of the file. What was
+interrupted goes on.
 """
 import argparse
 import json
@@ -16,6 +19,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,20 +29,27 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import Images, draw_walkers
+from data import Images, draw_walkers, read_labels, read_tracklets
 from evaluate import evaluate_features, read_benchmark
 
-FILE = ROOT / "docs" / "claim.jsonl"
-PAGES = ROOT / "README.md", ROOT / "docs" / "claim.md"
+PEOPLE = "data/market"  # and -SEED: what data.py tracklets made
+FILES = {"walkers": ROOT / "docs" / "claim.jsonl", "people": ROOT / "docs" / "people.jsonl"}
+PAGES = ROOT / "README.md", ROOT / "docs" / "claim.md", ROOT / "docs" / "people.md"
 
-# who teaches whom: the rows of the main table
+# who teaches whom: the rows of the main tables
 WHO = {
     "instance": "--identities instance",
     "tracklet": "--identities tracklet",
     "cion": "",
     "true": "--identities true",
 }
-SEEDS = {"r10ibn": (1, 2, 3, 4, 5), "r18ibn": (3, 4, 5), "vit_tiny": (3, 4, 5)}
+SEEDS = {
+    "walkers": {"r10ibn": (1, 2, 3, 4, 5), "r18ibn": (3, 4, 5), "vit_tiny": (3, 4, 5)},
+    "people": {"r10ibn": (1, 2, 3), "r18ibn": (1,), "vit_tiny": (1,)},
+}
+BATCH = 64  # of the recipe for people
+# other methods, of r10ibn on people
+PEERS = "clusters", "supervised"
 
 # the smaller tables, of r10ibn: their flags, row by row; without any flag, the default
 LEVELS = ("--identities tracklet", "--levels 1", "--levels 2", "")
@@ -50,48 +61,42 @@ SHARES = (
     "--data data/walkers-SEED-30 --recipe demo",
     "",
 )
-RECIPE = (
-    "",
-    "--no-head_norm",
-    "--ema 0.996 1",
-    "--centering ema",
-    "--teacher_temp 0.07",
-    "--student_temp 0.2",
-    "--prototypes 1024",
-    "--prototypes 64",
-    "--lr 3e-3",
-    "--lr 1.2e-2",
-    "--local_crops 0",
-    "--local_scale 0.3 0.8",
-    "--warmup 0",
-    "--identities instance",
-    "--identities instance --jitter 0.4 0.4 0.2 0.1 --grey 0.2",
-)
 SMALL = {
     "levels": (LEVELS, (3, 4, 5)),
     "loss": (LOSS, (3, 4, 5)),
     "growth": (GROWTH, (3, 4, 5)),
     "rounds": (ROUNDS, (3, 4, 5)),
     "shares": (SHARES, (3, 4, 5)),
-    "recipe": (RECIPE, (11,)),  # the seed on which it was chosen
 }
 # people and videos of a world, by the percentage in its folder's name
 WORLDS = {"10": (10, 5), "30": (30, 14), "100": (100, 48)}
 
 
-def command(arch, seed, flags):
-    """The command of one run."""
-    line = f"torchrun train.py --arch {arch} --seed {seed} {flags}"
+def command(arch, seed, flags, people=""):
+    """The command of one run, of walkers or of the people in the folder <people>-<seed>."""
+    world = f"--data {people}-SEED --recipe people " if people else ""
+    line = f"torchrun train.py {world}--arch {arch} --seed {seed} {flags}"
     return line.strip().replace("SEED", str(seed))
 
 
-def commands():
+def peer_command(peer, seed, people):
+    """The command of another method's run."""
+    flags = command("r10ibn", seed, "", people).split("train.py ")[1]
+    return f"python tests/peers.py {peer} {flags}"
+
+
+def commands(people):
     """Every run once, those of the main table first."""
     runs = []
-    for arch, seeds in SEEDS.items():
-        runs += [command(arch, seed, flags) for seed in seeds for flags in WHO.values()]
-    for rows, seeds in SMALL.values():
-        runs += [command("r10ibn", seed, flags) for seed in seeds for flags in rows]
+    for arch, seeds in SEEDS["people" if people else "walkers"].items():
+        for seed in seeds:
+            runs += [command(arch, seed, flags, people) for flags in WHO.values()]
+    if people:
+        for seed in SEEDS["people"]["r10ibn"]:
+            runs += [peer_command(peer, seed, people) for peer in PEERS]
+    else:
+        for rows, seeds in SMALL.values():
+            runs += [command("r10ibn", seed, flags) for seed in seeds for flags in rows]
     return list(dict.fromkeys(runs))
 
 
@@ -105,11 +110,15 @@ def world_of(line):
     return folder[0] if folder else f"data/walkers-{seed}"
 
 
-def draw(folder):
-    """Draw a world, data/walkers-SEED or data/walkers-SEED-PERCENT, and rank its held-out people by
-    colour: mAP and R1 of the square roots of RGB histograms, 8 bins a channel, of six stripes."""
-    _, seed, percent, *_ = f"{folder}-100".split("-")
+def rank_colours(folder):
+    """Draw a world that is missing, data/walkers-SEED or data/walkers-SEED-PERCENT, and rank its
+    held-out people by colour: mAP and R1 of the square roots of RGB histograms, 8 bins a channel,
+    of six stripes. Raises ValueError where people are missing."""
+    name, seed, percent, *_ = f"{folder}-100".split("-")
     if not (ROOT / folder).exists():
+        if name != "data/walkers":
+            make = f"python data.py tracklets --market DIR --out {folder} --seed {seed}"
+            raise ValueError(f"{folder} is missing; make it, with {make}")
         draw_walkers(ROOT / folder, int(seed), *WORLDS[percent])
     benchmark = read_benchmark(ROOT / folder)
     images = Images(benchmark.images, (64, 32))
@@ -122,10 +131,11 @@ def draw(folder):
     return {"mAP": result["mAP"], "R1": result["R1"]}
 
 
-def run(line, histogram, flags):
+def run(line, histogram, file, flags):
     """Make a run, or go on with it, and append its figures to the file; False if it failed. flags:
     more flags of train.py, for this machine."""
-    name = "claim-" + re.sub(r"[^\w.]+", "-", line.split("--arch ")[1])
+    script = line.split()[1]
+    name = "claim-" + re.sub(r"[^\w.]+", "-", f"{Path(script).stem} {line.split(script)[1]}")
     arguments = [*line.split()[1:], "--name", name, "--workers", "0", *flags]
     with open(ROOT / "runs" / f"{name}.log", "a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -137,24 +147,49 @@ def run(line, histogram, flags):
         return False
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     result = {"command": line, "device": device, "torch": torch.__version__}
-    result |= {"flags": " ".join(flags), "histogram": histogram, "stages": {}}
+    result |= {"flags": " ".join(flags), "histogram": histogram, "stages": {}, "rounds": []}
+    rates = []
     for event in map(json.loads, open(ROOT / "runs" / name / "log.jsonl")):
         if event["event"] == "evaluate":
-            result["stages"][event["stage"]] = {"mAP": event["mAP"], "R1": event["R1"]}
+            score = {key: event[key] for key in ("step", "mAP", "R1")}
+            result["stages"][event["stage"]] = score
         if event["event"] == "denoise":
             result |= {key: event[key] for key in ("identities", "f1_tracklets", "f1")}
-    with open(FILE, "a") as file:
-        file.write(json.dumps(result) + "\n")
+            levels = [[level["f1"], *level["noise"]] for level in event["levels"]]
+            result["rounds"].append({"step": event["step"], "levels": levels})
+        if event["event"] == "train":
+            rates.append(event["images_per_second"])
+    result["images_per_second"] = round(np.median(rates), 1)
+    if (ROOT / "runs" / name / "identities.json").exists() and file == FILES["people"]:
+        result["found"] = share_found(name, ROOT / world_of(line))
+    with open(file, "a") as out:
+        out.write(json.dumps(result) + "\n")
     print(f"{last(result)['mAP']:.1%}  {line}", flush=True)
     return True
+
+
+def share_found(name, folder):
+    """Of the people who came by 1, 2, ... cameras, the mean share of a person's images that a run's
+    last identities have together."""
+    tracklets = read_tracklets(folder / "train")
+    truth = read_labels(folder / "train.json", tracklets)
+    labels = read_labels(ROOT / "runs" / name / "identities.json", tracklets)
+    camera = np.array([path.split("camera_")[1] for path in tracklets.folders])[tracklets.video]
+    shares = defaultdict(list)
+    for person in range(truth.max() + 1):
+        own = truth == person
+        found = labels[own & (labels >= 0)]
+        together = max(np.unique(found, return_counts=True)[1], default=0)
+        shares[len(set(camera[own]))].append(together / own.sum())
+    return {cameras: round(np.mean(values), 3) for cameras, values in sorted(shares.items())}
 
 
 # ---------------------------------------------------------------- tables
 
 
-def results():
-    """What the file holds, by command."""
-    lines = map(json.loads, FILE.read_text().splitlines())
+def results(file):
+    """What a file holds, by command."""
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else []
     return {line["command"]: line for line in lines}
 
 
@@ -163,9 +198,9 @@ def last(result):
     return list(result["stages"].values())[-1]
 
 
-def row_of(known, arch, seeds, flags):
+def row_of(known, arch, seeds, flags, people=""):
     """A row's runs that are there, by seed."""
-    lines = {seed: command(arch, seed, flags) for seed in seeds}
+    lines = {seed: command(arch, seed, flags, people) for seed in seeds}
     return {seed: known[line] for seed, line in lines.items() if line in known}
 
 
@@ -202,23 +237,49 @@ def table(head, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
-def claim_table(known, archs):
+def mean_f1(runs, key="f1"):
+    """Of a row's runs, where they found identities."""
+    values = [run[key] for run in runs.values() if key in run]
+    return f"{np.mean(values):.3f}" if values else ""
+
+
+def claim_table(known, seeds_of, people=""):
     """Who taught whom."""
     rows = []
-    for arch in archs:
-        runs = row_of(known, arch, SEEDS[arch], "")
+    for arch, seeds in seeds_of.items():
+        runs = row_of(known, arch, seeds, "", people)
         scores = {
             "random weights": {seed: run["stages"]["random"] for seed, run in runs.items()},
             "colour histograms": {seed: run["histogram"] for seed, run in runs.items()},
         }
+        f1 = {}
         for who, flags in WHO.items():
-            runs = row_of(known, arch, SEEDS[arch], flags)
+            runs = row_of(known, arch, seeds, flags, people)
             scores[f"`{who}`"] = {seed: last(run) for seed, run in runs.items()}
+            f1[f"`{who}`"] = mean_f1(runs)
         above = {}
         for name, row in scores.items():
-            rows.append([f"`{arch}`", name, *figures(row), difference(row, above), len(row)])
+            over = difference(row, above)
+            rows.append([f"`{arch}`", name, f1.get(name, ""), *figures(row), over, len(row)])
             above = row
-    return table(["network", "who teaches whom", "mAP", "R1", "over the row above", "seeds"], rows)
+    head = ["network", "who teaches whom", "F1", "mAP", "R1", "over the row above", "seeds"]
+    return table(head, rows)
+
+
+def peer_table(known, seeds):
+    """Other methods beside ours, of r10ibn on people."""
+    rows = []
+    cion = row_of(known, "r10ibn", seeds, "", PEOPLE)
+    ours = {seed: last(run) for seed, run in cion.items()}
+    for name in ("cion", "clusters", "true", "supervised"):
+        runs = row_of(known, "r10ibn", seeds, WHO.get(name, ""), PEOPLE)
+        if name in PEERS:
+            lines = {seed: peer_command(name, seed, PEOPLE) for seed in seeds}
+            runs = {seed: known[line] for seed, line in lines.items() if line in known}
+        scores = {seed: last(run) for seed, run in runs.items()}
+        over = difference(scores, ours) if name != "cion" else ""
+        rows.append([f"`{name}`", mean_f1(runs), *figures(scores), over, len(runs)])
+    return table(["method", "F1", "mAP", "R1", "over `cion`", "seeds"], rows)
 
 
 def small_table(known, flags_of_rows, seeds):
@@ -228,10 +289,7 @@ def small_table(known, flags_of_rows, seeds):
     for flags in flags_of_rows:
         runs = row_of(known, "r10ibn", seeds, flags)
         scores = {seed: last(run) for seed, run in runs.items()}
-        f1 = []
-        for key in ("f1_tracklets", "f1"):
-            values = [run[key] for run in runs.values() if key in run]
-            f1.append(f"{np.mean(values):.3f}" if values else "")
+        f1 = mean_f1(runs, "f1_tracklets"), mean_f1(runs)
         name = f"`{flags}`" if flags else "the default"
         over = difference(scores, default) if flags else ""
         rows.append([name, *f1, *figures(scores), over, len(runs)])
@@ -239,13 +297,61 @@ def small_table(known, flags_of_rows, seeds):
     return table([*head, "seeds"], rows)
 
 
-def fill(text, known):
+def draw_curves():
+    """docs/people.svg, of r10ibn's runs on people; needs matplotlib."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        sys.exit("--curves needs matplotlib: pip install matplotlib")
+    known = results(FILES["people"])
+    seeds = SEEDS["people"]["r10ibn"]
+    runs = list(row_of(known, "r10ibn", seeds, "", PEOPLE).values())
+    levels = np.array([[found["levels"] for found in run["rounds"]] for run in runs])
+    levels = levels.mean(0)  # (rounds, levels, 4), over seeds
+    rounds = np.arange(1, len(levels) + 1)
+    figure, (f1, noise, found, speed) = pyplot.subplots(1, 4, figsize=(15, 3.4), layout="tight")
+
+    names = "raw tracklets", "single tracklet", "single video", "across videos"
+    for level, name in enumerate(names):
+        f1.plot(rounds, levels[:, level, 0], marker="o", label=name)
+        noise.plot(rounds, levels[:, level, 1], marker="o", label=name)
+    f1.set(title="pairwise F1 after each level", xlabel="round", ylim=0, xticks=rounds)
+    noise.set(title="noise $n_S$ (eq. 3)", xlabel="round", ylim=0, xticks=rounds)
+    f1.legend(frameon=False)
+
+    cameras = sorted(runs[0]["found"])
+    shares = [np.mean([run["found"][n] for run in runs]) for n in cameras]
+    found.bar(cameras, shares)
+    title = "share of a person's images in one identity"
+    found.set(title=title, xlabel="cameras of the person", ylim=(0, 1))
+
+    for who, flags in WHO.items():
+        for n, run in enumerate(row_of(known, "r10ibn", seeds, flags, PEOPLE).values()):
+            stages = run["stages"].values()
+            minutes = [stage["step"] * BATCH / run["images_per_second"] / 60 for stage in stages]
+            colour = f"C{list(WHO).index(who)}"
+            label = None if n else who
+            maps = [stage["mAP"] for stage in stages]
+            speed.plot(minutes, maps, color=colour, marker="o", label=label)
+    speed.set(title="mAP by minutes of training on one core", xlabel="minutes", ylim=0)
+    speed.legend(frameon=False)
+    figure.savefig(ROOT / "docs" / "people.svg", metadata={"Date": None})
+
+
+def fill(text):
     """A page with its tables printed anew, each between <!-- its name --> and <!-- end -->."""
-    machines = {"{device}, torch {torch} {flags}".format(**run) for run in known.values()}
-    blocks = {"claim": claim_table(known, SEEDS), "claim r10ibn": claim_table(known, ["r10ibn"])}
-    blocks["machines"] = "\n".join(sorted(machines))
+    walkers = results(FILES["walkers"])
+    people = results(FILES["people"])
+    blocks = {}
+    for name, known, folder in (("claim", walkers, ""), ("people", people, PEOPLE)):
+        seeds = SEEDS[folder and "people" or "walkers"]
+        machines = {"{device}, torch {torch} {flags}".format(**run) for run in known.values()}
+        blocks[f"{name} machines"] = "\n".join(sorted(machines))
+        blocks[name] = claim_table(known, seeds, folder)
+        blocks[f"{name} r10ibn"] = claim_table(known, {"r10ibn": seeds["r10ibn"]}, folder)
+    blocks["peers"] = peer_table(people, SEEDS["people"]["r10ibn"])
     for name, (rows, seeds) in SMALL.items():
-        blocks[name] = small_table(known, rows, seeds)
+        blocks[name] = small_table(walkers, rows, seeds)
     for name, block in blocks.items():
         between = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text = re.sub(between, rf"\1\n{block}\n\n\2", text, flags=re.DOTALL)
@@ -257,32 +363,43 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("word", nargs="?", default="", help="only runs whose command has it")
+    add("--data", default="", metavar=PEOPLE, help=f"real people, {PEOPLE}-1 and so on")
     add("--list", action="store_true", help="print the commands")
-    add("--tables", action="store_true", help="write the tables of README.md and docs/claim.md")
+    add("--tables", action="store_true", help="write all tables of README.md and docs/ anew")
+    add("--curves", action="store_true", help="draw docs/people.svg")
     add("--jobs", type=int, default=2, help="runs at a time, a thread each")
     add("--flags", default="", help='for this machine: --flags="--precision float32 --workers 2"')
     args = parser.parse_args()
     if args.tables:
         for page in PAGES:
-            page.write_text(fill(page.read_text(), results()))
+            page.write_text(fill(page.read_text()))
         return
-    wanted = [line for line in commands() if args.word in line]
+    if args.curves:
+        draw_curves()
+        return
+    wanted = [line for line in commands(args.data) if args.word in line]
     if args.list:
         print("\n".join(wanted))
         return
-    missing = [line for line in wanted if line not in results()]
+    file = FILES["people" if args.data else "walkers"]
+    missing = [line for line in wanted if line not in results(file)]
     (ROOT / "runs").mkdir(exist_ok=True)
     # runs of one world would draw it at the same time
     worlds = sorted({world_of(line) for line in missing})
     with ProcessPoolExecutor(args.jobs) as pool:
-        histograms = dict(zip(worlds, pool.map(draw, worlds)))
+        histograms = dict(zip(worlds, pool.map(rank_colours, worlds)))
     with ThreadPoolExecutor(args.jobs) as pool:
-        colours = [histograms[world_of(line)] for line in missing]
-        flags = [args.flags.split()] * len(missing)
-        made = list(pool.map(run, missing, colours, flags))
-    if not all(made):
-        sys.exit(f"{made.count(False)} runs failed")
+        made = []
+        for line in missing:
+            job = line, histograms[world_of(line)], file, args.flags.split()
+            made.append(pool.submit(run, *job))
+    failed = [not job.result() for job in made]
+    if any(failed):
+        sys.exit(f"{sum(failed)} runs failed")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"claim.py: {error}")

@@ -317,18 +317,25 @@ def test_a_worker_that_fails_ends_the_process(tree, fault):
 
 
 # ---------------------------------------------------------------- sampling
-def sample_literally(labels, K, batch, seed, epoch, steps):
-    """The definition: shuffle, cut into groups of K, shuffle these, fill batches; and again."""
+def sample_literally(labels, K, batch, seed, epoch, steps, video):
+    """The definition: shuffle, deal into groups of K, shuffle these, fill batches; and again."""
     random = np.random.default_rng([seed, epoch])
     batches = []
     while len(batches) < steps:
         shuffled = random.permutation([i for i in range(len(labels)) if labels[i] >= 0])
+        place = random.permutation(max(video) + 1)
         groups = []
         for identity in sorted(set(labels) - {-1}):
             own = [i for i in shuffled if labels[i] == identity]
-            for n in range(max(len(own) // K, 1)):
-                groups.append([own[(n * K + k) % len(own)] for k in range(K)])
-        images = [i for n in random.permutation(len(groups)) for i in groups[n]]
+            own.sort(key=lambda i: place[video[i]])
+            count = max(len(own) // K, 1)
+            for n in range(count):
+                groups.append([own[(n + k * count) % len(own)] for k in range(K)])
+        groups = [groups[n] for n in random.permutation(len(groups))]
+        across = [group for group in groups if len({video[i] for i in group}) > 1]
+        if len(across) * K >= batch:
+            groups = across
+        images = [i for group in groups for i in group]
         while len(images) >= batch:
             batches.append(images[:batch])
             images = images[batch:]
@@ -339,15 +346,32 @@ def sample_literally(labels, K, batch, seed, epoch, steps):
 def test_the_sampler_is_its_definition(K):
     labels = np.random.default_rng(0).integers(-1, 30, 300)
     labels[:3] = 30  # three images only
+    video = np.random.default_rng(1).integers(0, 3, 300)
     for steps in 0, 1, 50:
-        batches = data.sample_identities(labels, K, 16, 5, 7, steps)
+        batches = data.sample_identities(labels, K, 16, 5, 7, steps, video)
         assert batches.shape == (steps, 16)
-        assert batches.tolist() == sample_literally(labels, K, 16, 5, 7, steps)
+        assert batches.tolist() == sample_literally(labels, K, 16, 5, 7, steps, video)
     groups = batches.reshape(-1, K)
     assert (labels[groups] == labels[groups[:, :1]]).all() and (labels[groups] >= 0).all()
     for group in groups:
         own = (labels == labels[group[0]]).sum()
         assert len(set(group)) == min(K, own)
+
+
+def test_images_of_a_group_are_of_different_videos():
+    """As far as there are: identity 0 has a video of three quarters, identity 1 is in one only."""
+    labels = np.repeat([0, 1, 2], [8, 8, 8])
+    video = np.array([0] * 6 + [1, 2] + [3] * 8 + [4, 5] * 4)
+    seen = set()
+    for epoch in range(30):
+        batches = data.sample_identities(labels, 2, 12, 0, epoch, 1, video).reshape(-1, 2)
+        assert (video[batches[:, 0]] != video[batches[:, 1]]).all()
+        assert sorted(labels[batches[:, 0]]) == [0] * 2 + [2] * 4
+        seen |= {tuple(sorted(pair)) for pair in batches.tolist()}
+    assert len(seen) > 24  # of 13 + 16: who is with whom is random
+    # too few for a larger batch: all groups of all
+    batches = data.sample_identities(labels, 2, 24, 0, 0, 1, video)
+    assert sorted(batches.ravel()) == list(range(24))
 
 
 def test_who_meets_in_a_batch_is_random():
