@@ -148,7 +148,7 @@ class Settings:
 # why, line by line.
 DEMO = {
     "size": (64, 32),
-    "local_crops": 2,
+    "local_crops": 0,
     "jitter": (0.2, 0.2, 0.0, 0.0),
     "grey": 0.0,
     "blur": (0.0, 0.0, 0.0),
@@ -158,32 +158,26 @@ DEMO = {
     "K": (2, 4),
     "epochs": (2, 4),
     "rounds": 3,
-    "epoch_steps": 36,
     "prototypes": 256,
     "head": (512, 64),
     "head_norm": True,
     "centering": "sinkhorn",
-    "lr": 6e-3,
-    "ema": (0.95, 0.95),
+    "lr": 1.2e-2,
+    "ema": (0.5, 0.5),
     "freeze_last": 0,
     "r_s": 130,
     "workers": 1,
 }
-# Real people in half an hour: cameras differ more than those of walkers.
+# Real people in half an hour: cameras differ more than those of walkers, and learning is slower.
 PEOPLE = DEMO | {
-    "local_crops": 0,
     "jitter": (0.4, 0.4, 0.2, 0.1),
     "tracklet_epochs": 4,
     "K": (2,),
     "epochs": (36,),
     "rounds": 9,
-    "epoch_steps": 0,
-    "lr": 1.2e-2,
-    "ema": (0.5, 0.5),
     "r_s": 300,
 }
 RECIPES = {"paper": {}, "demo": DEMO, "people": PEOPLE}
-DEMO_STEPS = {"r10ibn": 90, "vit_tiny": 72}  # of an epoch: r10ibn is quick, vit_tiny needs more
 ANY_NUMBER = {"K", "epochs", "without"}  # of values
 # what a run makes, beside last.pt
 MADE = {"log.jsonl", "identities.json", "crops.jpg", "denoised.jpg", "retrieval.jpg"}
@@ -214,8 +208,6 @@ def parse_settings(argv=None):
     recipe = given.get("recipe") or ("paper" if given.get("data") else "demo")
     s = Settings(recipe=recipe)
     vars(s).update(RECIPES[recipe])
-    if recipe == "demo":
-        s.epoch_steps = DEMO_STEPS.get(given.get("arch"), s.epoch_steps)
     for name, value in given.items():
         setattr(s, name, tuple(value) if isinstance(value, list) else value)
     if s.identities == "instance":

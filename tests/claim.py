@@ -57,8 +57,8 @@ LOSS = ("", "--loss release")
 GROWTH = ("--K 2 2", "--K 4 4", "--K 8 8", "")
 ROUNDS = ("--rounds 1", "--rounds 2", "")
 SHARES = (
-    "--data data/walkers-SEED-10 --recipe demo",
-    "--data data/walkers-SEED-30 --recipe demo",
+    "--data data/walkers-SEED-10 --recipe demo --epoch_steps 90",
+    "--data data/walkers-SEED-30 --recipe demo --epoch_steps 90",
     "",
 )
 SMALL = {

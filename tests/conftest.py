@@ -19,7 +19,7 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 # What makes a run of train.py tiny: nine steps.
 TINY = """--arch r10ibn --recipe demo --size 64 32 --batch 16 --head 32 16 --prototypes 32 --K 2 4
-    --epochs 1 1 --rounds 2 --epoch_steps 3 --log_every 1 --workers 0""".split()
+    --local_crops 2 --epochs 1 1 --rounds 2 --epoch_steps 3 --log_every 1 --workers 0""".split()
 
 
 @contextlib.contextmanager

@@ -21,13 +21,14 @@ import train
 def test_recipes_and_flags_that_override_them():
     demo = train.parse_settings([])
     assert (demo.recipe, demo.size, demo.local_size) == ("demo", (64, 32), (32, 16))
+    people = train.parse_settings(["--data", "my/set", "--recipe", "people", "--arch", "r10ibn"])
+    assert (people.size, people.K, people.jitter) == ((64, 32), (2,), (0.4, 0.4, 0.2, 0.1))
     paper = train.parse_settings(["--data", "my/set"])
     assert (paper.recipe, paper.size, paper.name) == ("paper", (256, 128), "set-r50ibn")
     flags = "--arch r10ibn --K 2 4 --epochs 1 3 --lr 1e-3 --no-head_norm"
     mine = train.parse_settings(flags.split())
     assert (mine.K, mine.epochs, mine.lr, mine.head_norm) == ((2, 4), (1, 3), 1e-3, False)
-    assert (mine.batch, mine.epoch_steps, mine.name) == (64, 90, "walkers-r10ibn")
-    assert train.parse_settings("--arch r10ibn --epoch_steps 5".split()).epoch_steps == 5
+    assert (mine.batch, mine.rounds, mine.name) == (64, 3, "walkers-r10ibn")
     assert train.parse_settings(["--identities", "instance"]).K == (1, 1)
 
 
