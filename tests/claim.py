@@ -259,6 +259,8 @@ def claim_table(known, seeds_of, people=""):
             f1[f"`{who}`"] = mean_f1(runs)
         above = {}
         for name, row in scores.items():
+            if not row:  # not made yet
+                continue
             over = difference(row, above)
             rows.append([f"`{arch}`", name, f1.get(name, ""), *figures(row), over, len(row)])
             above = row
@@ -276,6 +278,8 @@ def peer_table(known, seeds):
         if name in PEERS:
             lines = {seed: peer_command(name, seed, PEOPLE) for seed in seeds}
             runs = {seed: known[line] for seed, line in lines.items() if line in known}
+        if not runs:
+            continue
         scores = {seed: last(run) for seed, run in runs.items()}
         over = difference(scores, ours) if name != "cion" else ""
         rows.append([f"`{name}`", mean_f1(runs), *figures(scores), over, len(runs)])
@@ -288,6 +292,8 @@ def small_table(known, flags_of_rows, seeds):
     rows = []
     for flags in flags_of_rows:
         runs = row_of(known, "r10ibn", seeds, flags)
+        if not runs:
+            continue
         scores = {seed: last(run) for seed, run in runs.items()}
         f1 = mean_f1(runs, "f1_tracklets"), mean_f1(runs)
         name = f"`{flags}`" if flags else "the default"

@@ -71,7 +71,8 @@ class Clusters(nn.Module):
 
     def forward(self, features, labels):
         features = F.normalize(features)
-        loss = F.cross_entropy(features @ self.memory.T / self.temperature, labels)
+        logits = features @ self.memory.clone().T  # which changes before the gradient is taken
+        loss = F.cross_entropy(logits / self.temperature, labels)
         for feature, label in zip(features.detach(), labels):
             self.memory[label].lerp_(feature, 1 - self.momentum)
             self.memory[label] = F.normalize(self.memory[label], dim=0)

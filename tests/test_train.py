@@ -189,7 +189,7 @@ def test_a_finished_run_is_not_run_again(run, whole, monkeypatch):
     monkeypatch.setattr(train, "make_views", None)
     run("--log_every", 5)  # which changes nothing
     assert (folder / "log.jsonl").read_text() == log
-    with pytest.raises(ValueError, match="other settings.*--lr 0.006 there, 0.5 here"):
+    with pytest.raises(ValueError, match="other settings.*--lr 0.012 there, 0.5 here"):
         run("--lr", 0.5)
     (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:-1000])
     with pytest.raises(ValueError, match="last.pt: cannot be read"):
