@@ -321,7 +321,7 @@ def draw_curves():
     for level, name in enumerate(names):
         f1.plot(rounds, levels[:, level, 0], marker="o", label=name)
         noise.plot(rounds, levels[:, level, 1], marker="o", label=name)
-    f1.set(title="pairwise F1 after each level", xlabel="round", ylim=0, xticks=rounds)
+    f1.set(title="pairwise F1 after each level", xlabel="round", ylim=(0, 1), xticks=rounds)
     noise.set(title="noise $n_S$ (eq. 3)", xlabel="round", ylim=0, xticks=rounds)
     f1.legend(frameon=False)
 
