@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import Images, draw_walkers, read_labels, read_tracklets
 from evaluate import evaluate_features, read_benchmark
+from train import RECIPES
 
 PEOPLE = "data/market"  # and -SEED: what data.py tracklets made
 FILES = {"walkers": ROOT / "docs" / "claim.jsonl", "people": ROOT / "docs" / "people.jsonl"}
@@ -47,7 +48,6 @@ SEEDS = {
     "walkers": {"r10ibn": (1, 2, 3, 4, 5), "r18ibn": (3, 4, 5), "vit_tiny": (3, 4, 5)},
     "people": {"r10ibn": (1, 2, 3), "r18ibn": (1,), "vit_tiny": (1,)},
 }
-BATCH = 64  # of the recipe for people
 # other methods, of r10ibn on people
 PEERS = "clusters", "supervised"
 
@@ -204,13 +204,13 @@ def row_of(known, arch, seeds, flags, people=""):
     return {seed: known[line] for seed, line in lines.items() if line in known}
 
 
-def spread(values):
-    """Mean and standard deviation, in percent."""
+def spread(values, sign="", of=1):
+    """Mean and standard deviation, in percent, this divided by the square root of `of`."""
     if not values:
         return ""
-    text = f"{100 * np.mean(values):.1f}"
+    text = f"{100 * np.mean(values):{sign}.1f}"
     if len(values) > 1:
-        text += f" ± {100 * np.std(values, ddof=1):.1f}"
+        text += f" ± {100 * np.std(values, ddof=1) / np.sqrt(of):.1f}"
     return text
 
 
@@ -218,12 +218,7 @@ def difference(scores, others):
     """mAP of a row above another's, seed by seed: mean and standard error, in points."""
     both = scores.keys() & others.keys()
     values = [scores[seed]["mAP"] - others[seed]["mAP"] for seed in both]
-    if not values:
-        return ""
-    text = f"{100 * np.mean(values):+.1f}"
-    if len(values) > 1:
-        text += f" ± {100 * np.std(values, ddof=1) / np.sqrt(len(values)):.1f}"
-    return text
+    return spread(values, sign="+", of=len(values))
 
 
 def figures(scores):
@@ -331,10 +326,11 @@ def draw_curves():
     title = "share of a person's images in one identity"
     found.set(title=title, xlabel="cameras of the person", ylim=(0, 1))
 
+    batch = RECIPES["people"]["batch"]
     for who, flags in WHO.items():
         for n, run in enumerate(row_of(known, "r10ibn", seeds, flags, PEOPLE).values()):
             stages = run["stages"].values()
-            minutes = [stage["step"] * BATCH / run["images_per_second"] / 60 for stage in stages]
+            minutes = [stage["step"] * batch / run["images_per_second"] / 60 for stage in stages]
             colour = f"C{list(WHO).index(who)}"
             label = None if n else who
             maps = [stage["mAP"] for stage in stages]
@@ -349,8 +345,10 @@ def fill(text):
     walkers = results(FILES["walkers"])
     people = results(FILES["people"])
     blocks = {}
-    for name, known, folder in (("claim", walkers, ""), ("people", people, PEOPLE)):
-        seeds = SEEDS[folder and "people" or "walkers"]
+    for name, known, folder, seeds in (
+        ("claim", walkers, "", SEEDS["walkers"]),
+        ("people", people, PEOPLE, SEEDS["people"]),
+    ):
         machines = {"{device}, torch {torch} {flags}".format(**run) for run in known.values()}
         blocks[f"{name} machines"] = "\n".join(sorted(machines))
         blocks[name] = claim_table(known, seeds, folder)

@@ -10,6 +10,7 @@ raw tracklets in stage 1, then found by DBSCAN. `clusters` needs scikit-learn.
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,14 @@ from evaluate import evaluate_features, extract, join_processes, rerank
 from model import build
 from train import (
     clip_gradients,
+    follow_schedule,
     generator_of,
     log,
+    make_optimizer,
     networks_in_bfloat16,
     parse_settings,
     plan_epochs,
     read_inputs,
-    schedule,
     view_kinds,
 )
 
@@ -109,13 +111,7 @@ def main():
     labels = torch.from_numpy(labels)
     backbone = build(s.arch).to(device)
     criterion = Supervised(backbone.embed_dim, labels.max() + 1).to(device)
-    # the recipe's: kernels and matrices decay, biases and norms do not
-    parameters = [*backbone.parameters(), *criterion.parameters()]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = make_optimizer(nn.ModuleList([backbone, criterion]))
     Ks, finds = plan_epochs(s)  # the epochs before which identities are found
     epochs = len(Ks)
     steps = s.epoch_steps or max(1, len(tracklets) // s.batch)
@@ -134,10 +130,8 @@ def main():
         start = time.time()
         for i, batch in enumerate(images):
             step = epoch * steps + i
-            now = schedule(s, step, epochs * steps)
-            for group in optimizer.param_groups:
-                group["lr"] = now["lr"]
-            optimizer.param_groups[0]["weight_decay"] = now["weight_decay"]
+            state = SimpleNamespace(step=step, optimizer=optimizer)
+            follow_schedule(state, s, epochs * steps)
             generator = generator_of(s.seed, step)
             views = make_views(batch.to(device), view_kinds(s)[:2], generator)
             with networks_in_bfloat16(s, device):
