@@ -718,6 +718,23 @@ def mars(root):
     return files, person, camera, video, track, np.arange(len(files))
 
 
+def read_training(root):
+    """The images to learn from that a folder has, as Tracklets, and who is on them (N,), from 0:
+    train/ with train.json, or a benchmark's. Raises ValueError if there are none."""
+    root = Path(root)
+    if (root / "train.json").exists():
+        return read_identities(root / "train.json", root / "train")
+    folders = {"bounding_box_train": market, "bbox_train": mars}
+    folders |= {"mask_train_v2": msmt17, "train": msmt17}
+    for folder, layout in folders.items():
+        if (root / folder).exists():
+            files, person, *_ = layout(root)
+            names = np.array([os.fsencode(file.relative_to(root)) for file in files])
+            row = np.arange(len(files))
+            return Tracklets(root, [""] * len(row), names, row, row, row), person
+    raise ValueError(f"{root}: no images to learn from; expected train.json or {[*folders]}")
+
+
 # ---------------------------------------------------------------- walkers, drawn people
 HEIGHT = 128
 WIDTH = 64

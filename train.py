@@ -2,11 +2,13 @@
 
     torchrun train.py --arch r10ibn                     # walkers, minutes on a laptop
     torchrun --nproc_per_node=8 train.py --data DIR     # your tracklets, the paper's recipe
+    torchrun train.py --finetune DIR --weights FILE     # supervised, on a benchmark
 
 Stage 1 learns from raw tracklets, denoising finds people with that encoder, stage 2 learns from
-them, and retrieval of people never seen says what it was worth.
+them, and retrieval of people never seen says what it was worth. Fine-tuning learns from people who
+are known.
 
-Read first: `train_epoch`, `main`.
+Read first: `train_epoch`, `pretrain`, `finetune`.
 """
 import argparse
 import copy
@@ -17,6 +19,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -31,18 +34,28 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from denoise import ADDITIONS, OPTIONS, denoise_tracklets, extract_features, show_identities
 from distill import (
+    Classifier,
     Network,
     Views,
     all_mean,
     collapse,
     identity_loss,
+    make_shifted_views,
     make_views,
     sinkhorn,
+    supervised_loss,
     teacher_statistics,
     update_center,
     update_teacher,
 )
-from evaluate import evaluate_features, extract, join_processes, label_tracklets, show_retrieval
+from evaluate import (
+    evaluate_features,
+    extract,
+    join_processes,
+    label_tracklets,
+    read_benchmark,
+    show_retrieval,
+)
 from model import (
     Head,
     build,
@@ -73,7 +86,7 @@ class Settings:
     data: str = setting("", "folder of tracklets, <video>/<track>_<frame>_<det>.jpg; none: walkers")
     recipe: str = setting("", "default: demo without --data", choices=("paper", "demo", "people"))
     name: str = setting("", "folder below runs/; the same command goes on with what is there")
-    weights: str = setting("", "backbone weights that replace stage 1")
+    weights: str = setting("", "backbone weights that replace stage 1, or that are fine-tuned")
     labels: str = setting("", "annotation JSON that replaces stage 1 and denoising")
     identities: str = setting(
         "cion",
@@ -81,6 +94,10 @@ class Settings:
         choices=("cion", "instance", "tracklet", "true"),
     )
     seed: int = setting(0, "of everything random", 0, 2**32 - 1)
+
+    # fine-tuning; most other defaults are FINETUNING's below
+    finetune: str = setting("", "benchmark, or folder with train.json, to learn from supervised")
+    labels_share: float = setting(1.0, "of the people to fine-tune on, whose labels are used", 0, 1)
 
     # views
     size: tuple = setting((256, 128), "height, width of global crops; local ones have half", 32)
@@ -178,6 +195,10 @@ PEOPLE = DEMO | {
     "r_s": 300,
 }
 RECIPES = {"paper": {}, "demo": DEMO, "people": PEOPLE}
+# What --finetune changes in them: the released trainer, as it was used for Market-1501.
+FINETUNING = {"batch": 512, "K": (4,), "epochs": (120,), "lr": 1.6e-3, "warmup": 1 / 6}
+TESTS = 6  # while it lasts
+SHORT_FINETUNING = FINETUNING | {"batch": 64, "epochs": (20,), "lr": 4e-2}
 ANY_NUMBER = {"K", "epochs", "without"}  # of values
 # what a run makes, beside last.pt
 MADE = {"log.jsonl", "identities.json", "crops.jpg", "denoised.jpg", "retrieval.jpg"}
@@ -185,9 +206,8 @@ MADE = {"log.jsonl", "identities.json", "crops.jpg", "denoised.jpg", "retrieval.
 CHANGE_NOTHING = {"name", "data", "labels", "workers", "log_every", "save_every"}
 
 
-def parse_settings(argv=None):
-    """Settings from the recipe and the flags that override it. Raises ValueError where they cannot
-    work."""
+def parse_flags(argv):
+    """The flags that are given, a dict."""
     parser = argparse.ArgumentParser(
         description="Pre-train on tracklets. Defaults in brackets are the paper's recipe.",
         usage="train.py [--FLAG VALUE ...]",
@@ -204,10 +224,23 @@ def parse_settings(argv=None):
             options["type"] = type(f.default[0]) if f.default else str
             options["nargs"] = "+" if f.name in ANY_NUMBER else len(f.default)
         parser.add_argument(f"--{f.name}", **options)
-    given = vars(parser.parse_args(argv))
-    recipe = given.get("recipe") or ("paper" if given.get("data") else "demo")
+    return vars(parser.parse_args(argv))
+
+
+def parse_settings(argv=None):
+    """Settings from the recipe and the flags that override it. Raises ValueError where they cannot
+    work."""
+    given = parse_flags(argv)
+    if "finetune" in given and "weights" in given:  # as they were made
+        made = read_checkpoint(given["weights"]).get("settings")
+        if isinstance(made, dict):
+            given = {name: made[name] for name in ("arch", "recipe", "size")} | given
+    on_own = given.get("data") or given.get("finetune")
+    recipe = given.get("recipe") or ("paper" if on_own else "demo")
     s = Settings(recipe=recipe)
     vars(s).update(RECIPES[recipe])
+    if "finetune" in given:
+        vars(s).update(FINETUNING if recipe == "paper" else SHORT_FINETUNING)
     for name, value in given.items():
         setattr(s, name, tuple(value) if isinstance(value, list) else value)
     if s.identities == "instance":
@@ -217,6 +250,8 @@ def parse_settings(argv=None):
         s.name = f"{folder}-{s.arch.replace('/', '-')}"
         if s.identities != "cion":
             s.name += f"-{s.identities}"
+        if s.finetune:
+            s.name += "-finetuned"
     check_settings(s)
     return s
 
@@ -246,12 +281,16 @@ def check_settings(s):
         raise ValueError(f"--name {s.name}: expected the name of a folder below runs/, not a path")
     if s.identities != "cion" and (s.labels or s.weights):
         raise ValueError(f"--identities {s.identities} goes without --labels and --weights")
+    if s.finetune and (s.data or s.labels or s.identities != "cion"):
+        raise ValueError("--finetune goes without --data, --labels and --identities")
+    if s.labels_share < 1 and not s.finetune:
+        raise ValueError("--labels_share goes with --finetune")
 
 
 def data_folder(s):
-    """Where the tracklets are; another seed draws other walkers."""
+    """Where the images are; another seed draws other walkers."""
     walkers = f"data/walkers-{s.seed}" if s.seed else "data/walkers"
-    return Path(s.data or walkers)
+    return Path(s.finetune or s.data or walkers)
 
 
 # ---------------------------------------------------------------- schedules
@@ -272,6 +311,17 @@ def schedule(s, step, total):
         lr = cosine(step - warmup, total - warmup, peak, 1e-6)
     weight_decay = cosine(step, total, 0.04, 0.4)
     return {"lr": lr, "weight_decay": weight_decay, "ema": cosine(step, total, *s.ema)}
+
+
+def finetuning_lr(s, epoch):
+    """The learning rate of an epoch: from 0.01 of the peak in the first, then by a cosine to 0.002
+    of it."""
+    peak = s.lr * s.batch / 256
+    total = sum(s.epochs)
+    warmup = round(s.warmup * total)
+    if epoch < warmup:
+        return peak * (0.01 + 0.99 * epoch / warmup)
+    return cosine(epoch - warmup, total - warmup, peak, 0.002 * peak)
 
 
 def plan_epochs(s):
@@ -326,6 +376,16 @@ def leave(number=signal.SIGTERM, frame=None):
     sys.exit(128 + (signals or [number])[0])
 
 
+@contextmanager
+def stopping_after_a_step():
+    """Within this, where steps are made, a signal ends the run after a step; then at once."""
+    on_signals(note_signal)
+    yield
+    if asked_to_stop():
+        leave()
+    on_signals(leave)
+
+
 def on_signals(handler):
     """From now on, Ctrl-C and SIGTERM call the handler."""
     signal.signal(signal.SIGINT, handler)
@@ -350,9 +410,9 @@ class State:
     results: dict = field(default_factory=dict)  # retrieval, by stage
 
 
-def make_networks(s, device):
-    """Student and teacher, from the seed the same on every process. Raises ValueError for an
-    architecture that is unknown or cannot take the views, and for weights that are not its own."""
+def make_backbone(s, device):
+    """The backbone, from the seed the same on every process. Raises ValueError for an architecture
+    that is unknown or cannot take the views, and for weights that are not its own."""
     torch.manual_seed(s.seed)
     backbone = build(s.arch)
     check_sizes(backbone, s.arch, (s.size, s.local_size))
@@ -360,6 +420,12 @@ def make_networks(s, device):
     say("network", f"{s.arch}, {million:.1f} M parameters, {dist.get_world_size()} x {device.type}")
     if s.weights:
         say("weights", f"{s.weights}: {describe(load_weights(backbone, s.weights))}")
+    return backbone
+
+
+def make_networks(s, device):
+    """Student and teacher; see `make_backbone`."""
+    backbone = make_backbone(s, device)
     head = Head(backbone.embed_dim, s.prototypes, *s.head, s.head_norm)
     student = Network(backbone, head).to(device)
     if device.type == "cuda":
@@ -377,6 +443,16 @@ def make_optimizer(student):
     others = [p for p in student.parameters() if p.ndim <= 1]
     groups = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+
+def make_sgd(network):
+    """The optimizer of fine-tuning: all weights, then all biases, which learn at twice the rate."""
+    groups = [], []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups[name.endswith("bias")].append(parameter)
+    groups = [{"params": group} for group in groups]
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=1e-4)
 
 
 def save(state, s):
@@ -432,11 +508,11 @@ def resume(state, s):
         raise ValueError(f"{s.folder}: expected a file system that all processes share")
 
 
-def save_where_due(state, s, end):
-    """Save every so many steps, at an epoch's end, and where a signal asks for the end of the run,
-    which this is then."""
+def save_where_due(state, s, steps):
+    """Save every so many steps, at the end of an epoch of `steps`, and where a signal asks for the
+    end of the run, which this is then."""
     asked = asked_to_stop()
-    if asked or state.step % s.save_every == 0 or state.step == end:
+    if asked or 0 in (state.step % s.save_every, state.step % steps):
         save(state, s)
     if asked:
         leave()
@@ -466,8 +542,11 @@ def train_epoch(state, network, s, tracklets, labels, Ks, epoch, steps):
     K = Ks[epoch]
     total = len(Ks) * steps
     since = state.step, time.time()
+    batches = data.sample_identities(
+        labels, K, s.batch, s.seed, epoch, steps, tracklets.video
+    )
     state.teacher.train()  # it normalises by its own batch, as the student does
-    for images in load_epoch(state, s, tracklets, labels, K, epoch, steps):
+    for images in load_epoch(state, s, tracklets, batches):
         # this step's schedule and its own random numbers, so that a resumed run repeats it
         now = follow_schedule(state, s, total)
         generator = generator_of(s.seed, state.step)
@@ -498,7 +577,7 @@ def train_epoch(state, network, s, tracklets, labels, Ks, epoch, steps):
 
         if state.step % s.log_every == 0 or state.step == total:
             log_step(state, s, K, total, now, loss, teacher, center, since)
-        save_where_due(state, s, end=(epoch + 1) * steps)
+        save_where_due(state, s, steps)
 
 
 def generator_of(seed, step):
@@ -507,14 +586,12 @@ def generator_of(seed, step):
     return torch.Generator().manual_seed(int(mixed[0]))
 
 
-def load_epoch(state, s, tracklets, labels, K, epoch, steps):
-    """Yields uint8 images (B, 3, H, W) of every step of an epoch that is still to come: of its
-    batch, K images of each identity side by side, those columns that are this process's."""
-    video = tracklets.video
-    batches = data.sample_identities(labels, K, s.batch, s.seed, epoch, steps, video)
+def load_epoch(state, s, tracklets, batches):
+    """Yields uint8 images (B, 3, H, W) of every step of an epoch that is still to come: of its row
+    of batches (steps, batch), K images of each identity side by side, this process's columns."""
     share = s.batch // dist.get_world_size()
     first = dist.get_rank() * share
-    mine = batches[state.step - epoch * steps :, first : first + share]
+    mine = batches[state.step % len(batches) :, first : first + share]
     for images in data.load_batches(tracklets, list(mine), s.size, s.workers):
         yield images.to(state.center.device, non_blocking=True)
 
@@ -574,6 +651,35 @@ def log_step(state, s, K, total, now, loss, teacher, center, since):
         say_once("warning", words)
 
 
+def finetune_epoch(state, network, s, tracklets, labels, epoch, steps):
+    """Supervised learning of labels (N,), from state.step to the end of an epoch of so many steps.
+    network: a `Classifier`, as DistributedDataParallel wraps it."""
+    lr = finetuning_lr(s, epoch)
+    weights, biases = state.optimizer.param_groups
+    weights["lr"] = lr
+    biases["lr"] = 2 * lr
+    batches = data.sample_identities(labels, s.K[0], s.batch, s.seed, epoch, steps)
+    since = state.step, time.time()
+    network.train()
+    for images in load_epoch(state, s, tracklets, batches):
+        generator = generator_of(s.seed, state.step)
+        views = make_shifted_views(images, generator, dist.get_rank(), dist.get_world_size())
+        with networks_in_bfloat16(s, images.device):
+            features, logits = network(views)
+        people = labels[batches[state.step % steps]]
+        loss = supervised_loss(features, logits, torch.from_numpy(people).to(images.device))
+        loss.backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.step += 1
+        save_where_due(state, s, steps)
+    rate = (state.step - since[0]) * s.batch / (time.time() - since[1])
+    loss = loss.item()
+    epochs = sum(s.epochs)
+    say("", f"epoch {epoch + 1:>3}/{epochs}  loss {loss:.3f}  lr {lr:.1e}  {rate:6,.0f} images/s")
+    log(s, "train", step=state.step, loss=loss, lr=lr, images_per_second=rate)
+
+
 # ---------------------------------------------------------------- around training
 
 
@@ -618,6 +724,27 @@ def read_inputs(s):
         say("", f"{test_folder}: {test}, held out")
         benchmark = label_tracklets(test, data.read_labels(root / "test.json", test))
     return tracklets, labels, truth, benchmark
+
+
+def read_people(s):
+    """What to fine-tune on: the index, labels (N,) of so large a share of its people, -1 for the
+    others, and the benchmark. Raises ValueError, also for a person in both splits."""
+    root = data_folder(s)
+    benchmark = read_benchmark(root)
+    tracklets, person = data.read_training(root)
+    # elsewhere, the two splits number their people independently
+    if (root / "query").exists() or (root / "info").exists():
+        for both in np.intersect1d(person, benchmark.ids)[:1]:
+            raise ValueError(f"{root}: identity {both} is in the training images and in the test's")
+    people, labels = np.unique(person, return_inverse=True)
+    known = math.ceil(s.labels_share * len(people))
+    labels = np.random.default_rng(s.seed).permutation(len(people))[labels]
+    labels[labels >= known] = -1
+    say("data", f"{root}: {len(labels):,} images of {len(people):,} people, {known:,} with labels")
+    few = (np.bincount(labels[labels >= 0]) < s.K[0]).sum()
+    if few:
+        say("", f"{few} people have fewer than {s.K[0]} images, which are repeated in a batch")
+    return tracklets, labels, benchmark
 
 
 def fingerprint(tracklets, labels, benchmark):
@@ -692,12 +819,8 @@ def begin(state, s, tracklets, benchmark):
         show_views(s, tracklets)
 
 
-def main():
+def pretrain(s, device):
     """Data, stage 1, denoising, stage 2, evaluation: the same command goes on where it ended."""
-    s = parse_settings()
-    device = join_processes()
-    waiting_group.cache_clear()  # that of an earlier run in this process
-    on_signals(leave)
     student, teacher = make_networks(s, device)
     tracklets, labels, truth, benchmark = read_inputs(s)
 
@@ -722,13 +845,53 @@ def main():
             find_identities(s, state, tracklets, truth)
         if state.labels is not None:
             labels = state.labels.numpy()
-        on_signals(note_signal)
-        train_epoch(state, network, s, tracklets, labels, Ks, epoch, steps)
-        if asked_to_stop():
-            leave()
-        on_signals(leave)
-
+        with stopping_after_a_step():
+            train_epoch(state, network, s, tracklets, labels, Ks, epoch, steps)
     measure(s, state, benchmark, stage_name(s, state))
+    return state
+
+
+def finetune(s, device):
+    """A benchmark's training images and their people, evaluation. There is no teacher: the network
+    itself has its place."""
+    tracklets, labels, benchmark = read_people(s)
+    backbone = make_backbone(s, device)
+    network = Classifier(backbone, labels.max() + 1).to(device)
+    if device.type == "cuda":
+        network.backbone = sync_batch_norm(backbone)
+    if s.compile:
+        network.backbone.compile(dynamic=False)
+
+    s.folder.mkdir(parents=True, exist_ok=True)
+    images = fingerprint(tracklets, labels, benchmark)
+    no_center = torch.zeros(0, device=device)
+    state = State(network, network, make_sgd(network), no_center, images)
+    resume(state, s)
+    if state.step == 0:
+        save(state, s)  # from now on the folder is this run's
+        measure(s, state, benchmark, "weights" if s.weights else "random")
+
+    network = DistributedDataParallel(network)
+    steps = s.epoch_steps or max(1, (labels >= 0).sum() // s.batch)
+    epochs = sum(s.epochs)
+    tests = {epochs * part // TESTS for part in range(TESTS)} - {0}
+    for epoch in range(state.step // steps, epochs):
+        if epoch in tests:
+            measure(s, state, benchmark, f"epoch {epoch}")
+        with stopping_after_a_step():
+            finetune_epoch(state, network, s, tracklets, labels, epoch, steps)
+    measure(s, state, benchmark, "finetuned")
+    return state
+
+
+def main():
+    """Pre-training or fine-tuning, and what each stage was worth."""
+    s = parse_settings()
+    device = join_processes()
+    waiting_group.cache_clear()  # that of an earlier run in this process
+    on_signals(leave)
+    run = finetune if s.finetune else pretrain
+    state = run(s, device)
     save(state, s)
     if dist.get_rank() == 0:
         for stage, result in state.results.items():

@@ -7,7 +7,9 @@ tracklets < from identities across videos. On walkers, and on people:
     python tests/claim.py --tables   # write the tables of README.md, docs/claim.md, docs/people.md
     python tests/claim.py --data data/market    # likewise: docs/people.jsonl, with the data sets
                                                 # data/market-1, -2, -3 of data.py tracklets
-    python tests/claim.py --curves   # docs/people.svg, with matplotlib
+    python tests/claim.py --finetune [--data data/market]    # likewise: docs/finetuning.jsonl, of
+                                                             # those runs' weights
+    python tests/claim.py --curves   # docs/people.svg, docs/finetuning.svg, with matplotlib
 
 A seed is of a world of its own (the people to learn from and those held out) and of everything
 random in training. Every run is one command, and every run is a line of the file. What was
@@ -34,8 +36,13 @@ from evaluate import evaluate_features, read_benchmark
 from train import RECIPES
 
 PEOPLE = "data/market"  # and -SEED: what data.py tracklets made
-FILES = {"walkers": ROOT / "docs" / "claim.jsonl", "people": ROOT / "docs" / "people.jsonl"}
-PAGES = ROOT / "README.md", ROOT / "docs" / "claim.md", ROOT / "docs" / "people.md"
+DOCS = ROOT / "docs"
+FILES = {
+    "walkers": DOCS / "claim.jsonl",
+    "people": DOCS / "people.jsonl",
+    "finetuning": DOCS / "finetuning.jsonl",
+}
+PAGES = ROOT / "README.md", DOCS / "claim.md", DOCS / "people.md", DOCS / "finetuning.md"
 
 # who teaches whom: the rows of the main tables
 WHO = {
@@ -47,6 +54,12 @@ WHO = {
 SEEDS = {
     "walkers": {"r10ibn": (1, 2, 3, 4, 5), "r18ibn": (3, 4, 5), "vit_tiny": (3, 4, 5)},
     "people": {"r10ibn": (1, 2, 3), "r18ibn": (1,), "vit_tiny": (1,)},
+}
+# of the labels of the people to fine-tune on
+LABELS = "0.1", "0.3", "1"
+FINETUNED = {
+    "walkers": {"r10ibn": (1, 2, 3)},
+    "people": {"r10ibn": (1, 2, 3)},
 }
 # other methods, of r10ibn on people
 PEERS = "clusters", "supervised"
@@ -83,6 +96,32 @@ def peer_command(peer, seed, people):
     """The command of another method's run."""
     flags = command("r10ibn", seed, "", people).split("train.py ")[1]
     return f"python tests/peers.py {peer} {flags}"
+
+
+def name_of(line):
+    """The folder of a run below runs/."""
+    script = line.split()[1]
+    return "claim-" + re.sub(r"[^\w.]+", "-", f"{Path(script).stem} {line.split(script)[1]}")
+
+
+def finetuning_command(arch, seed, who, share, people=""):
+    """Fine-tuning on a share of the labels, from random weights or from a row's."""
+    start = f"--arch {arch} --recipe {'people' if people else 'demo'}"
+    if who != "random":
+        start = f"--weights runs/{name_of(command(arch, seed, WHO[who], people))}/last.pt"
+    folder = f"{people or 'data/walkers'}-{seed}"
+    return f"torchrun train.py --finetune {folder} --seed {seed} --labels_share {share} {start}"
+
+
+def finetuning_commands(people):
+    """Every run of fine-tuning."""
+    runs = []
+    for arch, seeds in FINETUNED["people" if people else "walkers"].items():
+        for share in LABELS:
+            for seed in seeds:
+                for who in ("random", *WHO):
+                    runs.append(finetuning_command(arch, seed, who, share, people))
+    return runs
 
 
 def commands(people):
@@ -134,8 +173,7 @@ def rank_colours(folder):
 def run(line, histogram, file, flags):
     """Make a run, or go on with it, and append its figures to the file; False if it failed. flags:
     more flags of train.py, for this machine."""
-    script = line.split()[1]
-    name = "claim-" + re.sub(r"[^\w.]+", "-", f"{Path(script).stem} {line.split(script)[1]}")
+    name = name_of(line)
     arguments = [*line.split()[1:], "--name", name, "--workers", "0", *flags]
     with open(ROOT / "runs" / f"{name}.log", "a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -298,12 +336,67 @@ def small_table(known, flags_of_rows, seeds):
     return table([*head, "seeds"], rows)
 
 
+def finetuning_table(known, seeds_of, people=""):
+    """mAP after fine-tuning with more and more labels. The last column: the first test at which
+    the mean over seeds is what random weights end with, of all labels."""
+    rows = []
+    for arch, seeds in seeds_of.items():
+        above = {}
+        for who in ("random", *WHO):
+            cells = []
+            for share in LABELS:
+                lines = {seed: finetuning_command(arch, seed, who, share, people) for seed in seeds}
+                runs = {seed: known[line] for seed, line in lines.items() if line in known}
+                scores = {seed: last(run) for seed, run in runs.items()}
+                cells.append(spread([score["mAP"] for score in scores.values()]))
+                if share == LABELS[0]:
+                    first = difference(scores, above)
+                    above = scores
+            if not runs:
+                continue
+            before = [list(run["stages"].values())[0]["mAP"] for run in runs.values()]
+            curve = mean_curve(runs)
+            if who == "random":
+                goal = list(curve.values())[-1]
+            reached = [stage for stage, value in curve.items() if value >= goal]
+            rows.append([f"`{arch}`", who, spread(before), *cells, first, *reached[:1], len(runs)])
+    head = ["network", "pre-training", "before"]
+    head += [f"{float(share):.0%} of the labels" for share in LABELS]
+    return table([*head, "over the row above, at 10%", "as random weights' end", "seeds"], rows)
+
+
+def mean_curve(runs):
+    """mAP by stage, the mean over a row's {seed: run}."""
+    stages = list(list(runs.values())[0]["stages"])
+    return {stage: np.mean([run["stages"][stage]["mAP"] for run in runs.values()]) for stage in stages}
+
+
+def draw_finetuning(pyplot):
+    """docs/finetuning.svg, of r10ibn: mAP by epoch."""
+    known = results(FILES["finetuning"])
+    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.4), layout="tight", sharex=True)
+    for row, (world, people) in zip(axes, (("walkers", ""), ("people", PEOPLE))):
+        for panel, share in zip(row, LABELS):
+            for who in ("random", *WHO):
+                seeds = FINETUNED[world]["r10ibn"]
+                lines = [finetuning_command("r10ibn", seed, who, share, people) for seed in seeds]
+                runs = {line: known[line] for line in lines if line in known}
+                if runs:
+                    curve = list(mean_curve(runs).values())
+                    panel.plot(np.linspace(0, 1, len(curve)), curve, marker="o", label=who)
+            panel.set(title=f"{world}, {float(share):.0%} of the labels", ylim=0)
+    axes[1, 1].set(xlabel="share of the epochs")
+    axes[0, 0].legend(frameon=False)
+    figure.savefig(DOCS / "finetuning.svg", metadata={"Date": None})
+
+
 def draw_curves():
-    """docs/people.svg, of r10ibn's runs on people; needs matplotlib."""
+    """docs/people.svg and docs/finetuning.svg, of r10ibn's runs; needs matplotlib."""
     try:
         from matplotlib import pyplot
     except ImportError:
         sys.exit("--curves needs matplotlib: pip install matplotlib")
+    draw_finetuning(pyplot)
     known = results(FILES["people"])
     seeds = SEEDS["people"]["r10ibn"]
     runs = list(row_of(known, "r10ibn", seeds, "", PEOPLE).values())
@@ -353,6 +446,9 @@ def fill(text):
         blocks[f"{name} machines"] = "\n".join(sorted(machines))
         blocks[name] = claim_table(known, seeds, folder)
         blocks[f"{name} r10ibn"] = claim_table(known, {"r10ibn": seeds["r10ibn"]}, folder)
+    finetuned = results(FILES["finetuning"])
+    blocks["finetuned walkers"] = finetuning_table(finetuned, FINETUNED["walkers"])
+    blocks["finetuned people"] = finetuning_table(finetuned, FINETUNED["people"], PEOPLE)
     blocks["peers"] = peer_table(people, SEEDS["people"]["r10ibn"])
     for name, (rows, seeds) in SMALL.items():
         blocks[name] = small_table(walkers, rows, seeds)
@@ -368,9 +464,10 @@ def main():
     add = parser.add_argument
     add("word", nargs="?", default="", help="only runs whose command has it")
     add("--data", default="", metavar=PEOPLE, help=f"real people, {PEOPLE}-1 and so on")
+    add("--finetune", action="store_true", help="the runs of fine-tuning")
     add("--list", action="store_true", help="print the commands")
     add("--tables", action="store_true", help="write all tables of README.md and docs/ anew")
-    add("--curves", action="store_true", help="draw docs/people.svg")
+    add("--curves", action="store_true", help="draw docs/people.svg, docs/finetuning.svg")
     add("--jobs", type=int, default=2, help="runs at a time, a thread each")
     add("--flags", default="", help='for this machine: --flags="--precision float32 --workers 2"')
     args = parser.parse_args()
@@ -381,11 +478,13 @@ def main():
     if args.curves:
         draw_curves()
         return
-    wanted = [line for line in commands(args.data) if args.word in line]
+    runs = finetuning_commands(args.data) if args.finetune else commands(args.data)
+    wanted = [line for line in runs if args.word in line]
     if args.list:
         print("\n".join(wanted))
         return
-    file = FILES["people" if args.data else "walkers"]
+    world = "people" if args.data else "walkers"
+    file = FILES["finetuning" if args.finetune else world]
     missing = [line for line in wanted if line not in results(file)]
     (ROOT / "runs").mkdir(exist_ok=True)
     # runs of one world would draw it at the same time

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
 from denoise import pairwise_scores
-from distill import make_views
+from distill import Classifier, make_views, supervised_loss
 from evaluate import evaluate_features, extract, join_processes, rerank
 from model import build
 from train import (
@@ -37,26 +37,6 @@ from train import (
 )
 
 IMAGES = 4  # of each identity in a batch
-
-
-class Supervised(nn.Module):
-    """Batch norm without a bias, then a classifier: cross-entropy, and soft-margin triplets of the
-    hardest pairs on the features themselves."""
-
-    def __init__(self, width, people):
-        super().__init__()
-        self.neck = nn.BatchNorm1d(width)
-        self.neck.bias.requires_grad_(False)
-        self.classifier = nn.Linear(width, people, bias=False)
-        nn.init.normal_(self.classifier.weight, std=0.001)
-
-    def forward(self, features, labels):
-        distance = torch.cdist(features, features)
-        same = labels[:, None] == labels
-        farthest = distance.where(same, -torch.inf).amax(1)
-        nearest = distance.where(~same, torch.inf).amin(1)
-        triplets = F.softplus(farthest - nearest).mean()
-        return triplets + F.cross_entropy(self.classifier(self.neck(features)), labels)
 
 
 class Clusters(nn.Module):
@@ -109,9 +89,9 @@ def main():
     torch.manual_seed(s.seed)
     tracklets, labels, truth, benchmark = read_inputs(s)
     labels = torch.from_numpy(labels)
-    backbone = build(s.arch).to(device)
-    criterion = Supervised(backbone.embed_dim, labels.max() + 1).to(device)
-    optimizer = make_optimizer(nn.ModuleList([backbone, criterion]))
+    backbone = build(s.arch)
+    network = Classifier(backbone, labels.max() + 1).to(device)
+    optimizer = make_optimizer(network)
     Ks, finds = plan_epochs(s)  # the epochs before which identities are found
     epochs = len(Ks)
     steps = s.epoch_steps or max(1, len(tracklets) // s.batch)
@@ -123,10 +103,10 @@ def main():
             if epoch in finds:
                 labels = find_clusters(features)
                 log_clusters(s, epoch * steps, tracklets, labels, truth)
-            criterion = Clusters(torch.from_numpy(features), labels).to(device)
+            clusters = Clusters(torch.from_numpy(features), labels).to(device)
         batches = data.sample_identities(labels.numpy(), IMAGES, s.batch, s.seed, epoch, steps)
         images = data.load_batches(tracklets, list(batches), s.size, s.workers)
-        backbone.train()
+        network.train()
         start = time.time()
         for i, batch in enumerate(images):
             step = epoch * steps + i
@@ -135,8 +115,12 @@ def main():
             generator = generator_of(s.seed, step)
             views = make_views(batch.to(device), view_kinds(s)[:2], generator)
             with networks_in_bfloat16(s, device):
-                features = backbone(torch.cat(views)).float()
-            loss = criterion(features, labels[batches[i]].repeat(2).to(device))
+                features, logits = network(torch.cat(views))
+            theirs = labels[batches[i]].repeat(2).to(device)
+            if peer == "clusters":
+                loss = clusters(features, theirs)
+            else:
+                loss = supervised_loss(features, logits, theirs)
             loss.backward()
             clip_gradients(backbone)
             optimizer.step()

@@ -133,6 +133,7 @@ def test_two_processes_denoise_as_one(finished, few, in_process, tmp_path):
     assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
 
 
+PATHS = [str(ROOT), str(ROOT / "tests")]
 # A process dies in its fourth step; torchrun starts both anew, from the checkpoint of step 2.
 DRIVER = """
 import os, signal, sys
@@ -143,7 +144,7 @@ from test_end_to_end import WithoutBatchStatistics
 
 torch.set_num_threads(1)
 train.build = lambda arch: WithoutBatchStatistics()
-make_views = train.make_views
+make_views = train.{make_views}
 steps = []
 
 def dies(*args):
@@ -152,7 +153,7 @@ def dies(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return make_views(*args)
 
-train.make_views = dies
+train.{make_views} = dies
 train.main()
 """
 
@@ -177,7 +178,7 @@ def test_two_processes_equal_one_even_when_one_is_killed(few, tmp_path, run, mon
     with monkeypatch.context() as patch:
         patch.setattr(train, "build", lambda arch: WithoutBatchStatistics())
         one = checkpoint(run(*flags.split()))
-    (tmp_path / "driver.py").write_text(DRIVER.format(paths=[str(ROOT), str(ROOT / "tests")]))
+    (tmp_path / "driver.py").write_text(DRIVER.format(paths=PATHS, make_views="make_views"))
     command = [*TWO, "--max-restarts=1", tmp_path / "driver.py", "--data", few, *TINY]
     command += [*flags.split(), "--name", "two"]
     command = [*map(str, command)]
