@@ -367,8 +367,10 @@ def finetuning_table(known, seeds_of, people=""):
 
 def mean_curve(runs):
     """mAP by stage, the mean over a row's {seed: run}."""
-    stages = list(list(runs.values())[0]["stages"])
-    return {stage: np.mean([run["stages"][stage]["mAP"] for run in runs.values()]) for stage in stages}
+    curve = {}
+    for stage in next(iter(runs.values()))["stages"]:
+        curve[stage] = np.mean([run["stages"][stage]["mAP"] for run in runs.values()])
+    return curve
 
 
 def draw_finetuning(pyplot):

@@ -15,7 +15,7 @@ from evaluate import join_processes
 from distill import Classifier, make_shifted_views, supervised_loss
 from model import load_backbone, normalize
 
-TINY = "--recipe demo --size 64 32 --batch 16 --epochs 4 --workers 0".split()
+TINY = "--arch r10ibn --recipe demo --size 64 32 --batch 16 --epochs 4 --workers 0".split()
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def finetune(few, in_process, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(*flags):
-        in_process("train.py", "--finetune", few, "--arch", "r10ibn", *TINY, "--name", "run", *flags)
+        in_process("train.py", "--finetune", few, *TINY, "--name", "run", *flags)
         return tmp_path / "runs" / "run"
 
     return call
@@ -198,7 +198,8 @@ def test_it_learns_and_goes_on_and_is_read(few, finetune, pretrained, in_process
     flags = ["--epochs", 8, "--lr", 3e-2, "--weights", pretrained]
     whole = finetune(*flags, "--name", "whole").parent / "whole"
     stages = {event["stage"]: event["mAP"] for event in events(whole, "evaluate")}
-    assert list(stages) == ["weights", "epoch 1", "epoch 2", "epoch 4", "epoch 5", "epoch 6", "finetuned"]
+    tests = [f"epoch {epoch}" for epoch in (1, 2, 4, 5, 6)]
+    assert list(stages) == ["weights", *tests, "finetuned"]
     assert stages["finetuned"] > stages["weights"] + 0.1
     steps = [event["step"] for event in events(whole, "train")]
     assert steps == [18 * epoch for epoch in range(1, 9)]  # of 289 images, 16 a step
@@ -225,6 +226,14 @@ def test_it_learns_and_goes_on_and_is_read(few, finetune, pretrained, in_process
     assert one["results"] == two["results"]
     for name, value in one["student"].items():
         assert torch.equal(two["student"][name], value)
+
+
+def test_network_size_and_recipe_are_the_checkpoints_unless_given(pretrained):
+    start = ["--finetune", "X", "--weights", str(pretrained)]
+    s = train.parse_settings(start)
+    assert (s.arch, s.size, s.recipe, s.batch, s.lr) == ("r10ibn", (64, 32), "demo", 64, 4e-2)
+    s = train.parse_settings([*start, "--arch", "r50ibn", "--recipe", "paper"])
+    assert (s.arch, s.size, s.recipe, s.batch) == ("r50ibn", (64, 32), "paper", 512)
 
 
 def test_so_many_people_have_labels(few, finetune, monkeypatch):
