@@ -720,19 +720,20 @@ def mars(root):
 
 def read_training(root):
     """The images to learn from that a folder has, as Tracklets, and who is on them (N,), from 0:
-    train/ with train.json, or a benchmark's. Raises ValueError if there are none."""
+    train/ with train.json, or a benchmark's, whose names begin with the person's number. Raises
+    ValueError if there are none."""
     root = Path(root)
     if (root / "train.json").exists():
         return read_identities(root / "train.json", root / "train")
-    folders = {"bounding_box_train": market, "bbox_train": mars}
-    folders |= {"mask_train_v2": msmt17, "train": msmt17}
-    for folder, layout in folders.items():
+    folders = "bounding_box_train", "mask_train_v2", "train", "bbox_train"  # Market's to MARS'
+    for folder in folders:
         if (root / folder).exists():
-            files, person, *_ = layout(root)
-            names = np.array([os.fsencode(file.relative_to(root)) for file in files])
+            files, names = read_names(root / folder, r"(\d{1,18}).*")
+            names_below = np.array([os.fsencode(file.relative_to(root)) for file in files])
             row = np.arange(len(files))
-            return Tracklets(root, [""] * len(row), names, row, row, row), person
-    raise ValueError(f"{root}: no images to learn from; expected train.json or {[*folders]}")
+            person = np.array(names)[:, 0].astype(int)
+            return Tracklets(root, [""] * len(row), names_below, row, row, row), person
+    raise ValueError(f"{root}: no images to learn from; expected train.json or one of {folders}")
 
 
 # ---------------------------------------------------------------- walkers, drawn people

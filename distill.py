@@ -1,7 +1,8 @@
 """Identity-guided self-distillation: images of one person teach each other (paper, section 3.3).
 
 In this order: views of the images, the network, the loss (eq. 8 and 9), the center that keeps the
-teacher from collapsing, the teacher, and gauges of its health. train.py puts them together.
+teacher from collapsing, the teacher, gauges of its health; then what fine-tuning has instead.
+train.py puts them together.
 
 Read first: `identity_loss`, `sinkhorn`.
 """
@@ -215,30 +216,6 @@ def make_views(images, kinds, generator, rank=0, world_size=1):
     return views
 
 
-def make_shifted_views(images, generator, rank=0, world_size=1):
-    """One view (B, 3, H, W) of each image for fine-tuning, see `make_views`: moved by up to 10
-    pixels of 256, mirrored or not, and half of them with a box erased (Zhong et al., AAAI 2020).
-    The box gets the mean colour of ImageNet; the released trainer fills it with noise."""
-    B, _, H, W = images.shape
-    n = world_size * B
-    pad = H // 25
-    corner = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator)
-    flip, erase = torch.rand(2, n, generator=generator) < 0.5
-    hole = draw_boxes(n, (H, W), (0.02, 0.4), (0.3, 3.3), generator)
-    padded = normalize(F.pad(images, [pad] * 4).float() / 255)
-    views = []
-    for i, view in enumerate(padded, start=rank * B):
-        top, left = corner[i]
-        view = view[:, top : top + H, left : left + W]
-        if flip[i]:
-            view = view.flip(2)
-        if erase[i]:
-            top, left, height, width = hole[i]
-            view[:, top : top + height, left : left + width] = 0
-        views.append(view)
-    return torch.stack(views)
-
-
 # ---------------------------------------------------------------- the network
 
 
@@ -249,9 +226,6 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        # weights in the format that a backbone asks for are enough: its convolutions bring what
-        # they are given into the same one
-        self.to(memory_format=getattr(backbone, "memory_format", torch.contiguous_format))
 
     def forward(self, crops):
         features = []
@@ -260,32 +234,6 @@ class Network(nn.Module):
             features.append(self.backbone(batch))
         logits = self.head(torch.cat(features))  # (V * B, D)
         return logits.unflatten(0, (len(crops), -1))
-
-
-class Classifier(nn.Module):
-    """Backbone, BNNeck and classifier, for fine-tuning (Luo et al., 2019): images (B, 3, H, W) ->
-    features (A, embed_dim) and logits (A, people), of the images of all processes in their order.
-    The neck is a batch norm whose bias stays 0; retrieval is by the features before it."""
-
-    def __init__(self, backbone, people):
-        super().__init__()
-        self.backbone = backbone
-        self.neck = nn.BatchNorm1d(backbone.embed_dim)
-        self.neck.bias.requires_grad_(False)
-        self.classifier = nn.Linear(backbone.embed_dim, people, bias=False)
-        nn.init.normal_(self.classifier.weight, std=0.001)
-
-    def forward(self, images):
-        features = self.backbone(images).float()
-        world_size = dist.get_world_size()
-        shares = [torch.empty_like(features) for _ in range(world_size)]
-        dist.all_gather(shares, features.detach())
-        # each process has the whole loss, but only its own images' gradient, of which
-        # DistributedDataParallel will take the mean over processes: the sum is wanted
-        shares[dist.get_rank()] = features
-        features.register_hook(lambda gradient: gradient * world_size)
-        features = torch.cat(shares)
-        return features, self.classifier(self.neck(features)).float()
 
 
 # ---------------------------------------------------------------- the loss (eq. 8 and 9)
@@ -330,17 +278,6 @@ def identity_loss(
 
 
 # ---------------------------------------------------------------- the center
-
-
-def supervised_loss(features, logits, labels):
-    """Of fine-tuning, of features (B, d), logits (B, people) and labels (B,): cross-entropy, and
-    log(1 + exp(farthest - nearest)), the distances of each image to the farthest one of its person
-    and to the nearest one of others in the batch (Hermans et al., 2017)."""
-    distance = torch.cdist(features, features)
-    same = labels[:, None] == labels
-    farthest = distance.where(same, -torch.inf).amax(1)
-    nearest = distance.where(~same, torch.inf).amin(1)
-    return F.cross_entropy(logits, labels) + F.softplus(farthest - nearest).mean()
 
 
 def all_reduce(x, operation=dist.ReduceOp.SUM):
@@ -416,3 +353,68 @@ def collapse(entropy, used, D, identities):
             "identities. Try --centering sinkhorn or a higher --teacher_temp"
         )
     return ""
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+def make_shifted_views(images, generator, rank=0, world_size=1):
+    """One view (B, 3, H, W) of each image for fine-tuning, see `make_views`: moved by up to 10
+    pixels of 256, mirrored or not, and half of them with a box erased (Zhong et al., AAAI 2020).
+    The box gets the mean colour of ImageNet; the released trainer fills it with noise."""
+    B, _, H, W = images.shape
+    n = world_size * B
+    pad = round(10 * H / 256)
+    corner = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator)
+    flip, erase = torch.rand(2, n, generator=generator) < 0.5
+    hole = draw_boxes(n, (H, W), (0.02, 1 / 3), (0.3, 3.3), generator)
+    padded = normalize(F.pad(images, [pad] * 4).float() / 255)
+    views = []
+    for i, view in enumerate(padded, start=rank * B):
+        top, left = corner[i]
+        view = view[:, top : top + H, left : left + W]
+        if flip[i]:
+            view = view.flip(2)
+        if erase[i]:
+            top, left, height, width = hole[i]
+            view[:, top : top + height, left : left + width] = 0
+        views.append(view)
+    return torch.stack(views)
+
+
+class Classifier(nn.Module):
+    """Backbone, BNNeck and classifier, for fine-tuning (Luo et al., 2019): images (B, 3, H, W) ->
+    features (A, embed_dim) and logits (A, people), of the images of all processes in their order.
+    The neck is a batch norm whose bias stays 0; retrieval is by the features before it."""
+
+    def __init__(self, backbone, people):
+        super().__init__()
+        self.backbone = backbone
+        self.neck = nn.BatchNorm1d(backbone.embed_dim)
+        self.neck.bias.requires_grad_(False)
+        self.classifier = nn.Linear(backbone.embed_dim, people, bias=False)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+
+    def forward(self, images):
+        features = self.backbone(images).float().contiguous()
+        world_size = dist.get_world_size()
+        shares = [torch.empty_like(features) for _ in range(world_size)]
+        dist.all_gather(shares, features.detach())
+        # each process has the whole loss, but only its own images' gradient, of which
+        # DistributedDataParallel will take the mean over processes: the sum is wanted
+        shares[dist.get_rank()] = features
+        features.register_hook(lambda gradient: gradient * world_size)
+        features = torch.cat(shares)
+        with torch.autocast(features.device.type, enabled=False):
+            return features, self.classifier(self.neck(features))
+
+
+def supervised_loss(features, logits, labels):
+    """Of fine-tuning, of features (B, d), logits (B, people) and labels (B,): cross-entropy, and
+    log(1 + exp(farthest - nearest)), the distances of each image to the farthest one of its person
+    and to the nearest one of others in the batch (Hermans et al., 2017)."""
+    distance = torch.cdist(features, features)
+    same = labels[:, None] == labels
+    farthest = distance.where(same, -torch.inf).amax(1)
+    nearest = distance.where(~same, torch.inf).amin(1)
+    return F.cross_entropy(logits, labels) + F.softplus(farthest - nearest).mean()

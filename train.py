@@ -97,7 +97,7 @@ class Settings:
 
     # fine-tuning; most other defaults are FINETUNING's below
     finetune: str = setting("", "benchmark, or folder with train.json, to learn from supervised")
-    labels_share: float = setting(1.0, "of the people to fine-tune on, whose labels are used", 0, 1)
+    labels_share: float = setting(1.0, "of the people, whose labels are used", 1e-9, 1)
 
     # views
     size: tuple = setting((256, 128), "height, width of global crops; local ones have half", 32)
@@ -195,15 +195,15 @@ PEOPLE = DEMO | {
     "r_s": 300,
 }
 RECIPES = {"paper": {}, "demo": DEMO, "people": PEOPLE}
-# What --finetune changes in them: the released trainer, as it was used for Market-1501.
+# What --finetune changes in them, to the released trainer, as it was used for Market-1501.
 FINETUNING = {"batch": 512, "K": (4,), "epochs": (120,), "lr": 1.6e-3, "warmup": 1 / 6}
-TESTS = 6  # while it lasts
 SHORT_FINETUNING = FINETUNING | {"batch": 64, "epochs": (20,), "lr": 4e-2}
 ANY_NUMBER = {"K", "epochs", "without"}  # of values
 # what a run makes, beside last.pt
 MADE = {"log.jsonl", "identities.json", "crops.jpg", "denoised.jpg", "retrieval.jpg"}
-# what changes nothing in its result
-CHANGE_NOTHING = {"name", "data", "labels", "workers", "log_every", "save_every"}
+# what changes nothing in its result; what is read is compared for itself
+CHANGE_NOTHING = {"name", "data", "finetune", "labels", "labels_share"}
+CHANGE_NOTHING |= {"workers", "log_every", "save_every"}
 
 
 def parse_flags(argv):
@@ -234,7 +234,8 @@ def parse_settings(argv=None):
     if "finetune" in given and "weights" in given:  # as they were made
         made = read_checkpoint(given["weights"]).get("settings")
         if isinstance(made, dict):
-            given = {name: made[name] for name in ("arch", "recipe", "size")} | given
+            kept = {"arch", "recipe", "size"} & made.keys()
+            given = {name: made[name] for name in kept} | given
     on_own = given.get("data") or given.get("finetune")
     recipe = given.get("recipe") or ("paper" if on_own else "demo")
     s = Settings(recipe=recipe)
@@ -281,8 +282,9 @@ def check_settings(s):
         raise ValueError(f"--name {s.name}: expected the name of a folder below runs/, not a path")
     if s.identities != "cion" and (s.labels or s.weights):
         raise ValueError(f"--identities {s.identities} goes without --labels and --weights")
-    if s.finetune and (s.data or s.labels or s.identities != "cion"):
-        raise ValueError("--finetune goes without --data, --labels and --identities")
+    if s.finetune and (s.data or s.labels or s.identities != "cion" or len(s.K) > 1):
+        wrong = "--data, --labels, --identities and a second value of --K and --epochs"
+        raise ValueError(f"--finetune goes without {wrong}")
     if s.labels_share < 1 and not s.finetune:
         raise ValueError("--labels_share goes with --finetune")
 
@@ -314,10 +316,10 @@ def schedule(s, step, total):
 
 
 def finetuning_lr(s, epoch):
-    """The learning rate of an epoch: from 0.01 of the peak in the first, then by a cosine to 0.002
-    of it."""
+    """The learning rate of an epoch: it rises from 0.01 of the peak over the warm-up, then falls by
+    a cosine towards 0.002 of it."""
     peak = s.lr * s.batch / 256
-    total = sum(s.epochs)
+    total = s.epochs[0]
     warmup = round(s.warmup * total)
     if epoch < warmup:
         return peak * (0.01 + 0.99 * epoch / warmup)
@@ -415,12 +417,15 @@ def make_backbone(s, device):
     that is unknown or cannot take the views, and for weights that are not its own."""
     torch.manual_seed(s.seed)
     backbone = build(s.arch)
-    check_sizes(backbone, s.arch, (s.size, s.local_size))
+    sizes = [s.size] if s.finetune else [s.size, s.local_size]
+    check_sizes(backbone, s.arch, sizes)
     million = sum(p.numel() for p in backbone.parameters()) / 1e6
     say("network", f"{s.arch}, {million:.1f} M parameters, {dist.get_world_size()} x {device.type}")
     if s.weights:
         say("weights", f"{s.weights}: {describe(load_weights(backbone, s.weights))}")
-    return backbone
+    # weights in the format that a backbone asks for are enough: its convolutions bring what they
+    # are given into the same one
+    return backbone.to(memory_format=getattr(backbone, "memory_format", torch.contiguous_format))
 
 
 def make_networks(s, device):
@@ -449,8 +454,7 @@ def make_sgd(network):
     """The optimizer of fine-tuning: all weights, then all biases, which learn at twice the rate."""
     groups = [], []
     for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            groups[name.endswith("bias")].append(parameter)
+        groups[name.endswith("bias")].append(parameter)
     groups = [{"params": group} for group in groups]
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=1e-4)
 
@@ -675,9 +679,9 @@ def finetune_epoch(state, network, s, tracklets, labels, epoch, steps):
         save_where_due(state, s, steps)
     rate = (state.step - since[0]) * s.batch / (time.time() - since[1])
     loss = loss.item()
-    epochs = sum(s.epochs)
-    say("", f"epoch {epoch + 1:>3}/{epochs}  loss {loss:.3f}  lr {lr:.1e}  {rate:6,.0f} images/s")
-    log(s, "train", step=state.step, loss=loss, lr=lr, images_per_second=rate)
+    say("", f"epoch {epoch + 1}/{s.epochs[0]}  loss {loss:.3f}  lr {lr:.1e}  {rate:,.0f} images/s")
+    figures = {"loss": loss, "lr": lr, "images_per_second": rate}
+    log(s, "train", stage="finetuned", step=state.step, **figures)
 
 
 # ---------------------------------------------------------------- around training
@@ -728,16 +732,16 @@ def read_inputs(s):
 
 def read_people(s):
     """What to fine-tune on: the index, labels (N,) of so large a share of its people, -1 for the
-    others, and the benchmark. Raises ValueError, also for a person in both splits."""
+    others, and the benchmark. Raises ValueError, also where Market-1501's or MARS' splits share a
+    person; elsewhere the two number theirs independently."""
     root = data_folder(s)
     benchmark = read_benchmark(root)
     tracklets, person = data.read_training(root)
-    # elsewhere, the two splits number their people independently
-    if (root / "query").exists() or (root / "info").exists():
-        for both in np.intersect1d(person, benchmark.ids)[:1]:
-            raise ValueError(f"{root}: identity {both} is in the training images and in the test's")
+    shared = np.intersect1d(person, benchmark.ids)
+    if len(shared) and ((root / "query").exists() or (root / "info").exists()):
+        raise ValueError(f"{root}: person {shared[0]} is in the training images and in the test's")
     people, labels = np.unique(person, return_inverse=True)
-    known = math.ceil(s.labels_share * len(people))
+    known = max(1, round(s.labels_share * len(people)))
     labels = np.random.default_rng(s.seed).permutation(len(people))[labels]
     labels[labels >= known] = -1
     say("data", f"{root}: {len(labels):,} images of {len(people):,} people, {known:,} with labels")
@@ -873,8 +877,8 @@ def finetune(s, device):
 
     network = DistributedDataParallel(network)
     steps = s.epoch_steps or max(1, (labels >= 0).sum() // s.batch)
-    epochs = sum(s.epochs)
-    tests = {epochs * part // TESTS for part in range(TESTS)} - {0}
+    epochs = s.epochs[0]
+    tests = {epochs * part // 6 for part in range(1, 6)} - {0}
     for epoch in range(state.step // steps, epochs):
         if epoch in tests:
             measure(s, state, benchmark, f"epoch {epoch}")

@@ -4,7 +4,7 @@ tracklets < from identities across videos. On walkers, and on people:
     python tests/claim.py            # make every run that docs/claim.jsonl does not hold yet
     python tests/claim.py r10ibn     # of these, the runs whose command has this word
     python tests/claim.py --list     # the commands
-    python tests/claim.py --tables   # write the tables of README.md, docs/claim.md, docs/people.md
+    python tests/claim.py --tables   # write the tables of README.md and docs/
     python tests/claim.py --data data/market    # likewise: docs/people.jsonl, with the data sets
                                                 # data/market-1, -2, -3 of data.py tracklets
     python tests/claim.py --finetune [--data data/market]    # likewise: docs/finetuning.jsonl, of
@@ -276,8 +276,11 @@ def mean_f1(runs, key="f1"):
     return f"{np.mean(values):.3f}" if values else ""
 
 
-def claim_table(known, seeds_of, people=""):
-    """Who taught whom."""
+CLAIM = "network", "who teaches whom", "F1", "mAP", "R1", "over the row above", "seeds"
+
+
+def claim_rows(known, seeds_of, people=""):
+    """Who taught whom, by the columns of CLAIM."""
     rows = []
     for arch, seeds in seeds_of.items():
         runs = row_of(known, arch, seeds, "", people)
@@ -297,8 +300,19 @@ def claim_table(known, seeds_of, people=""):
             over = difference(row, above)
             rows.append([f"`{arch}`", name, f1.get(name, ""), *figures(row), over, len(row)])
             above = row
-    head = ["network", "who teaches whom", "F1", "mAP", "R1", "over the row above", "seeds"]
-    return table(head, rows)
+    return rows
+
+
+def readme_table(walkers, people):
+    """The same of r10ibn, on walkers and on people."""
+    head = ["who teaches whom"]
+    rows = {}
+    for known, world, folder in ((walkers, "walkers", ""), (people, "people", PEOPLE)):
+        head += [f"{world}: F1", "mAP", "over the row above"]
+        seeds = {"r10ibn": SEEDS[world]["r10ibn"]}
+        for _, name, f1, score, _, above, _ in claim_rows(known, seeds, folder):
+            rows.setdefault(name, [""] * (len(head) - 4)).extend([f1, score, above])
+    return table(head, [[name, *row] for name, row in rows.items()])
 
 
 def peer_table(known, seeds):
@@ -342,6 +356,7 @@ def finetuning_table(known, seeds_of, people=""):
     rows = []
     for arch, seeds in seeds_of.items():
         above = {}
+        goal = np.inf
         for who in ("random", *WHO):
             cells = []
             for share in LABELS:
@@ -359,7 +374,8 @@ def finetuning_table(known, seeds_of, people=""):
             if who == "random":
                 goal = list(curve.values())[-1]
             reached = [stage for stage, value in curve.items() if value >= goal]
-            rows.append([f"`{arch}`", who, spread(before), *cells, first, *reached[:1], len(runs)])
+            reached = [*reached, "never"][0]
+            rows.append([f"`{arch}`", who, spread(before), *cells, first, reached, len(runs)])
     head = ["network", "pre-training", "before"]
     head += [f"{float(share):.0%} of the labels" for share in LABELS]
     return table([*head, "over the row above, at 10%", "as random weights' end", "seeds"], rows)
@@ -446,8 +462,8 @@ def fill(text):
     ):
         machines = {"{device}, torch {torch} {flags}".format(**run) for run in known.values()}
         blocks[f"{name} machines"] = "\n".join(sorted(machines))
-        blocks[name] = claim_table(known, seeds, folder)
-        blocks[f"{name} r10ibn"] = claim_table(known, {"r10ibn": seeds["r10ibn"]}, folder)
+        blocks[name] = table(CLAIM, claim_rows(known, seeds, folder))
+    blocks["claim r10ibn"] = readme_table(walkers, people)
     finetuned = results(FILES["finetuning"])
     blocks["finetuned walkers"] = finetuning_table(finetuned, FINETUNED["walkers"])
     blocks["finetuned people"] = finetuning_table(finetuned, FINETUNED["people"], PEOPLE)

@@ -127,3 +127,13 @@ def run(few, in_process, tmp_path, monkeypatch):
         return tmp_path / "runs" / ["run", *map(str, names)][-1]
 
     return call
+
+
+@pytest.fixture
+def one_process():
+    """Within this, torch.distributed has a group of this process alone."""
+    from evaluate import join_processes
+
+    join_processes()
+    yield
+    torch.distributed.destroy_process_group()

@@ -286,13 +286,6 @@ def test_network_places_every_crop_and_batches_equal_sizes():
     assert calls == [6, 3]
 
 
-def test_resnets_run_in_channels_last_and_others_do_not():
-    for arch, last in (("r10ibn", True), ("vit_tiny", False)):
-        network = distill.Network(model.build(arch), torch.nn.Identity())
-        weight = next(p for p in network.parameters() if p.dim() == 4)
-        assert weight.is_contiguous(memory_format=torch.channels_last) == last
-
-
 def test_teacher_follows_parameters_and_not_batch_statistics():
     student = torch.nn.BatchNorm1d(2)
     teacher = torch.nn.BatchNorm1d(2)

@@ -331,6 +331,13 @@ def test_a_step_does_what_its_schedule_says(freeze, run, monkeypatch):
     assert len(others["params"]) == sum(p.ndim == 1 for p in networks[0].values())
 
 
+def test_resnets_run_in_channels_last_and_others_do_not(one_process):
+    for arch, last in (("r10ibn", True), ("vit_tiny", False)):
+        backbone = train.make_backbone(train.Settings(arch=arch), torch.device("cpu"))
+        weight = next(p for p in backbone.parameters() if p.dim() == 4)
+        assert weight.is_contiguous(memory_format=torch.channels_last) == last
+
+
 def test_the_teacher_normalises_by_its_own_batch(run):
     """Features are made before the first step, in eval mode."""
     last = checkpoint(run(*ONE, "--epoch_steps", 2))
