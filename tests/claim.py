@@ -434,7 +434,7 @@ def draw_curves():
     cameras = sorted(runs[0]["found"])
     shares = [np.mean([run["found"][n] for run in runs]) for n in cameras]
     found.bar(cameras, shares)
-    title = "share of a person's images in one identity"
+    title = "share of a person in one identity"
     found.set(title=title, xlabel="cameras of the person", ylim=(0, 1))
 
     batch = RECIPES["people"]["batch"]
@@ -446,7 +446,7 @@ def draw_curves():
             label = None if n else who
             maps = [stage["mAP"] for stage in stages]
             speed.plot(minutes, maps, color=colour, marker="o", label=label)
-    speed.set(title="mAP by minutes of training on one core", xlabel="minutes", ylim=0)
+    speed.set(title="mAP by minutes on one core", xlabel="minutes", ylim=0)
     speed.legend(frameon=False)
     figure.savefig(ROOT / "docs" / "people.svg", metadata={"Date": None})
 

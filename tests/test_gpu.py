@@ -73,6 +73,20 @@ def test_bfloat16_takes_the_step_of_float32(arch, run):
     assert torch.cosine_similarity(*(v.double() for v in students.values()), dim=0) > 0.999
 
 
+@pytest.mark.parametrize("arch", ["r10ibn", "vit_tiny"])
+def test_fine_tuning_in_bfloat16(arch, few, in_process, tmp_path, monkeypatch):
+    """Losses of four epochs of two steps, of about 3, to 0.15."""
+    monkeypatch.chdir(tmp_path)
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        flags = f"--finetune {few} --arch {arch} --recipe demo --batch 16 --epochs 4"
+        flags += f" --epoch_steps 2 --precision {precision} --workers 0 --name {precision}"
+        in_process("train.py", *flags.split())
+        trained = events(tmp_path / "runs" / precision, "train")
+        losses.append([event["loss"] for event in trained])
+    np.testing.assert_allclose(*losses, atol=0.15)
+
+
 def test_compiled_networks_take_the_same_steps(run):
     flags = [*ONE, "--arch", "vit_tiny", "--epoch_steps", 4, "--precision", "float32"]
     losses = []
