@@ -350,32 +350,40 @@ def small_table(known, flags_of_rows, seeds):
     return table([*head, "seeds"], rows)
 
 
+def finetuning_rows(known, arch, seeds, who, people=""):
+    """The runs of fine-tuning that are there, a {seed: run} for each share of the labels."""
+    rows = []
+    for share in LABELS:
+        lines = {seed: finetuning_command(arch, seed, who, share, people) for seed in seeds}
+        rows.append({seed: known[line] for seed, line in lines.items() if line in known})
+    return rows
+
+
 def finetuning_table(known, seeds_of, people=""):
-    """mAP after fine-tuning with more and more labels. The last column: the first test at which
-    the mean over seeds is what random weights end with, of all labels."""
+    """mAP after fine-tuning with more and more labels. The last column but one: the first test at
+    which the mean over seeds is what random weights end with, of all labels."""
     rows = []
     for arch, seeds in seeds_of.items():
         above = {}
         goal = np.inf
         for who in ("random", *WHO):
-            cells = []
-            for share in LABELS:
-                lines = {seed: finetuning_command(arch, seed, who, share, people) for seed in seeds}
-                runs = {seed: known[line] for seed, line in lines.items() if line in known}
-                scores = {seed: last(run) for seed, run in runs.items()}
-                cells.append(spread([score["mAP"] for score in scores.values()]))
-                if share == LABELS[0]:
-                    first = difference(scores, above)
-                    above = scores
-            if not runs:
+            few, *_, whole = shares = finetuning_rows(known, arch, seeds, who, people)
+            if not few:
                 continue
-            before = [list(run["stages"].values())[0]["mAP"] for run in runs.values()]
-            curve = mean_curve(runs)
-            if who == "random":
-                goal = list(curve.values())[-1]
-            reached = [stage for stage, value in curve.items() if value >= goal]
-            reached = [*reached, "never"][0]
-            rows.append([f"`{arch}`", who, spread(before), *cells, first, reached, len(runs)])
+            before = [next(iter(run["stages"].values()))["mAP"] for run in few.values()]
+            cells = []
+            for runs in shares:
+                cells.append(spread([last(run)["mAP"] for run in runs.values()]))
+            scores = {seed: last(run) for seed, run in few.items()}
+            over = difference(scores, above)
+            above = scores
+            reached = ""
+            if len(whole) == len(few):
+                curve = mean_curve(whole)
+                if who == "random":
+                    goal = [*curve.values()][-1]
+                reached = next((stage for stage, value in curve.items() if value >= goal), "never")
+            rows.append([f"`{arch}`", who, spread(before), *cells, over, reached, len(few)])
     head = ["network", "pre-training", "before"]
     head += [f"{float(share):.0%} of the labels" for share in LABELS]
     return table([*head, "over the row above, at 10%", "as random weights' end", "seeds"], rows)
@@ -394,15 +402,14 @@ def draw_finetuning(pyplot):
     known = results(FILES["finetuning"])
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.4), layout="tight", sharex=True)
     for row, (world, people) in zip(axes, (("walkers", ""), ("people", PEOPLE))):
-        for panel, share in zip(row, LABELS):
+        for panel, share in zip(row, range(len(LABELS))):
             for who in ("random", *WHO):
                 seeds = FINETUNED[world]["r10ibn"]
-                lines = [finetuning_command("r10ibn", seed, who, share, people) for seed in seeds]
-                runs = {line: known[line] for line in lines if line in known}
+                runs = finetuning_rows(known, "r10ibn", seeds, who, people)[share]
                 if runs:
-                    curve = list(mean_curve(runs).values())
+                    curve = [*mean_curve(runs).values()]
                     panel.plot(np.linspace(0, 1, len(curve)), curve, marker="o", label=who)
-            panel.set(title=f"{world}, {float(share):.0%} of the labels", ylim=0)
+            panel.set(title=f"{world}, {float(LABELS[share]):.0%} of the labels", ylim=0)
     axes[1, 1].set(xlabel="share of the epochs")
     axes[0, 0].legend(frameon=False)
     figure.savefig(DOCS / "finetuning.svg", metadata={"Date": None})
