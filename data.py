@@ -719,21 +719,23 @@ def mars(root):
 
 
 def read_training(root):
-    """The images to learn from that a folder has, as Tracklets, and who is on them (N,), from 0:
-    train/ with train.json, or a benchmark's, whose names begin with the person's number. Raises
-    ValueError if there are none."""
+    """The images to learn from that a folder has, as Tracklets, and who is on them (N,): those of
+    train/ that train.json names, or a benchmark's, whose names begin with the person's number.
+    Raises ValueError if there are none."""
     root = Path(root)
-    if (root / "train.json").exists():
+    if (root / "test.json").exists():
         return read_identities(root / "train.json", root / "train")
     folders = "bounding_box_train", "mask_train_v2", "train", "bbox_train"  # Market's to MARS'
     for folder in folders:
         if (root / folder).exists():
             files, names = read_names(root / folder, r"(\d{1,18}).*")
-            names_below = np.array([os.fsencode(file.relative_to(root)) for file in files])
-            row = np.arange(len(files))
+            below = np.array([os.fsencode(file.relative_to(root)) for file in files])
             person = np.array(names)[:, 0].astype(int)
-            return Tracklets(root, [""] * len(row), names_below, row, row, row), person
-    raise ValueError(f"{root}: no images to learn from; expected train.json or one of {folders}")
+            # a person is a tracklet: an image that cannot be read is replaced by another of theirs
+            track = number_columns(person)
+            folders = [""] * len(files)
+            return Tracklets(root, folders, below, track, track, np.arange(len(files))), person
+    raise ValueError(f"{root}: no images to learn from; expected one of {folders}")
 
 
 # ---------------------------------------------------------------- walkers, drawn people

@@ -265,7 +265,9 @@ def build_timm(name):
         import timm
 
         network = timm.create_model(name, num_classes=0, **options)
-    except (ImportError, RuntimeError) as error:
+    except ImportError:
+        raise ValueError(f"timm/{name}: needs timm; pip install timm") from None
+    except RuntimeError as error:
         raise ValueError(f"timm/{name}: {error}") from None
     if options:
         network.forward_tokens = types.MethodType(volo_tokens, network)

@@ -212,6 +212,7 @@ def parse_flags(argv):
         description="Pre-train on tracklets. Defaults in brackets are the paper's recipe.",
         usage="train.py [--FLAG VALUE ...]",
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     for f in fields(Settings):
         options = {"help": f"{f.metadata['help']} [{f.default}]"}
@@ -253,6 +254,8 @@ def parse_settings(argv=None):
             s.name += f"-{s.identities}"
         if s.finetune:
             s.name += "-finetuned"
+        if s.labels_share < 1:
+            s.name += f"-{s.labels_share:g}"
     check_settings(s)
     return s
 
@@ -420,7 +423,8 @@ def make_backbone(s, device):
     sizes = [s.size] if s.finetune else [s.size, s.local_size]
     check_sizes(backbone, s.arch, sizes)
     million = sum(p.numel() for p in backbone.parameters()) / 1e6
-    say("network", f"{s.arch}, {million:.1f} M parameters, {dist.get_world_size()} x {device.type}")
+    processes = f"{dist.get_world_size()} x {device.type}"
+    say("network", f"{s.arch}, {million:.1f} M parameters, recipe {s.recipe}, {processes}")
     if s.weights:
         say("weights", f"{s.weights}: {describe(load_weights(backbone, s.weights))}")
     # weights in the format that a backbone asks for are enough: its convolutions bring what they
@@ -741,7 +745,7 @@ def read_people(s):
     if len(shared) and ((root / "query").exists() or (root / "info").exists()):
         raise ValueError(f"{root}: person {shared[0]} is in the training images and in the test's")
     people, labels = np.unique(person, return_inverse=True)
-    known = max(1, round(s.labels_share * len(people)))
+    known = max(2, round(s.labels_share * len(people)))
     labels = np.random.default_rng(s.seed).permutation(len(people))[labels]
     labels[labels >= known] = -1
     say("data", f"{root}: {len(labels):,} images of {len(people):,} people, {known:,} with labels")

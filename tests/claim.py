@@ -511,6 +511,10 @@ def main():
     world = "people" if args.data else "walkers"
     file = FILES["finetuning" if args.finetune else world]
     missing = [line for line in wanted if line not in results(file)]
+    weights = [ROOT / file for line in missing for file in re.findall(r"--weights (\S+)", line)]
+    for file in weights:
+        if not file.exists():
+            sys.exit(f"{file} is missing: make the pre-training first, without --finetune")
     (ROOT / "runs").mkdir(exist_ok=True)
     # runs of one world would draw it at the same time
     worlds = sorted({world_of(line) for line in missing})

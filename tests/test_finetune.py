@@ -116,6 +116,8 @@ def test_the_recipes():
     paper = train.parse_settings(["--finetune", "Market-1501"])
     assert (paper.batch, paper.K, paper.epochs, paper.size) == (512, (4,), (120,), (256, 128))
     assert paper.name == "Market-1501-r50ibn-finetuned"
+    few = train.parse_settings(["--finetune", "Market-1501", "--labels_share", "0.1"])
+    assert few.name == "Market-1501-r50ibn-finetuned-0.1"
     peak = 3.2e-3
     for epoch, lr in ((0, 0.01 * peak), (10, 0.505 * peak), (20, peak), (70, 0.501 * peak)):
         assert train.finetuning_lr(paper, epoch) == pytest.approx(lr)
@@ -260,8 +262,9 @@ def test_so_many_people_have_labels(few, finetune, monkeypatch):
         assert len(set(people)) == 1 and len(people) == (truth == people[0]).sum()
     with pytest.raises(ValueError, match="images of other names, number or labels"):
         finetune("--labels_share", 1, "--epochs", 1)
-    finetune("--labels_share", 0.2, "--epochs", 1, "--name", "fewer")
-    assert set(given[-1]) == {-1, 0} and set(truth[given[-1] == 0]) == set(truth[labels == 0])
+    finetune("--labels_share", 0.1, "--epochs", 1, "--name", "fewer")  # two people are the least
+    assert set(given[-1]) == {-1, 0, 1}
+    assert (given[-1] == np.where(labels < 2, labels, -1)).all()
 
 
 @pytest.fixture
@@ -281,6 +284,8 @@ def test_benchmarks_training_images(benchmark, finetune, capsys):
     for image in images[1:]:
         if image.name.startswith(person):
             image.unlink()
+    broken = images[-1]
+    broken.write_bytes(b"broken")  # which its person's next image replaces
     folder = finetune("--finetune", benchmark, "--epochs", 1)
     assert "1 people have fewer than 4 images, which are repeated" in capsys.readouterr().out
     assert [event["stage"] for event in events(folder, "evaluate")] == ["random", "finetuned"]
@@ -293,6 +298,9 @@ def test_what_cannot_be_learned_from_is_refused(benchmark, market, few, tmp_path
     with pytest.raises(ValueError, match="Market: no images to learn from"):
         finetune("--finetune", benchmark)
     shutil.copytree(few, tmp_path / "set")
+    (tmp_path / "set" / "train.json").unlink()
+    with pytest.raises(FileNotFoundError, match="set/train.json"):
+        finetune("--finetune", tmp_path / "set")
     (tmp_path / "set" / "test.json").unlink()
     with pytest.raises(ValueError, match="set: expected a folder with"):
         finetune("--finetune", tmp_path / "set")
