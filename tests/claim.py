@@ -374,6 +374,8 @@ def finetuning_table(known, seeds_of, people=""):
             cells = []
             for runs in shares:
                 cells.append(spread([last(run)["mAP"] for run in runs.values()]))
+                if 0 < len(runs) < len(few):
+                    cells[-1] += f" (of {len(runs)})"
             scores = {seed: last(run) for seed, run in few.items()}
             over = difference(scores, above)
             above = scores
