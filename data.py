@@ -725,17 +725,17 @@ def read_training(root):
     root = Path(root)
     if (root / "test.json").exists():
         return read_identities(root / "train.json", root / "train")
-    folders = "bounding_box_train", "mask_train_v2", "train", "bbox_train"  # Market's to MARS'
-    for folder in folders:
+    layouts = "bounding_box_train", "mask_train_v2", "train", "bbox_train"
+    for folder in layouts:  # Market-1501's, MSMT17's two, MARS'
         if (root / folder).exists():
             files, names = read_names(root / folder, r"(\d{1,18}).*")
-            below = np.array([os.fsencode(file.relative_to(root)) for file in files])
+            paths = np.array([os.fsencode(file.relative_to(root)) for file in files])
             person = np.array(names)[:, 0].astype(int)
             # a person is a tracklet: an image that cannot be read is replaced by another of theirs
             track = number_columns(person)
-            folders = [""] * len(files)
-            return Tracklets(root, folders, below, track, track, np.arange(len(files))), person
-    raise ValueError(f"{root}: no images to learn from; expected one of {folders}")
+            no_frame = np.zeros_like(track)
+            return Tracklets(root, [""] * len(files), paths, track, track, no_frame), person
+    raise ValueError(f"{root}: no images to learn from; expected one of {layouts}")
 
 
 # ---------------------------------------------------------------- walkers, drawn people

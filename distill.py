@@ -365,14 +365,14 @@ def make_shifted_views(images, generator, rank=0, world_size=1):
     B, _, H, W = images.shape
     n = world_size * B
     pad = round(10 * H / 256)
-    corner = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator)
-    flip, erase = torch.rand(2, n, generator=generator) < 0.5
-    hole = draw_boxes(n, (H, W), (0.02, 1 / 3), (0.3, 3.3), generator)
+    corner = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator).tolist()
+    flip, erase = (torch.rand(2, n, generator=generator) < 0.5).tolist()
+    hole = draw_boxes(n, (H, W), (0.02, 1 / 3), (0.3, 3.3), generator).tolist()
     padded = normalize(F.pad(images, [pad] * 4).float() / 255)
     views = []
-    for i, view in enumerate(padded, start=rank * B):
+    for i, image in enumerate(padded, start=rank * B):
         top, left = corner[i]
-        view = view[:, top : top + H, left : left + W]
+        view = image[:, top : top + H, left : left + W]
         if flip[i]:
             view = view.flip(2)
         if erase[i]:

@@ -84,7 +84,7 @@ class Settings:
 
     arch: str = setting("r50ibn", "backbone; `python model.py` lists them")
     data: str = setting("", "folder of tracklets, <video>/<track>_<frame>_<det>.jpg; none: walkers")
-    recipe: str = setting("", "default: demo without --data", choices=("paper", "demo", "people"))
+    recipe: str = setting("", "default: demo, for walkers", choices=("paper", "demo", "people"))
     name: str = setting("", "folder below runs/; the same command goes on with what is there")
     weights: str = setting("", "backbone weights that replace stage 1, or that are fine-tuned")
     labels: str = setting("", "annotation JSON that replaces stage 1 and denoising")
@@ -95,9 +95,9 @@ class Settings:
     )
     seed: int = setting(0, "of everything random", 0, 2**32 - 1)
 
-    # fine-tuning; most other defaults are FINETUNING's below
+    # fine-tuning, whose other defaults are FINETUNING's, below
     finetune: str = setting("", "benchmark, or folder with train.json, to learn from supervised")
-    labels_share: float = setting(1.0, "of the people, whose labels are used", 1e-9, 1)
+    labels_share: float = setting(1.0, "of the people, whose labels are used", 1e-3, 1)
 
     # views
     size: tuple = setting((256, 128), "height, width of global crops; local ones have half", 32)
@@ -195,7 +195,8 @@ PEOPLE = DEMO | {
     "r_s": 300,
 }
 RECIPES = {"paper": {}, "demo": DEMO, "people": PEOPLE}
-# What --finetune changes in them, to the released trainer, as it was used for Market-1501.
+# What --finetune changes in them: to the released trainer's, as it was used for Market-1501; in the
+# others, to what suits some minutes on a laptop.
 FINETUNING = {"batch": 512, "K": (4,), "epochs": (120,), "lr": 1.6e-3, "warmup": 1 / 6}
 SHORT_FINETUNING = FINETUNING | {"batch": 64, "epochs": (20,), "lr": 4e-2}
 ANY_NUMBER = {"K", "epochs", "without"}  # of values
@@ -209,7 +210,8 @@ CHANGE_NOTHING |= {"workers", "log_every", "save_every"}
 def parse_flags(argv):
     """The flags that are given, a dict."""
     parser = argparse.ArgumentParser(
-        description="Pre-train on tracklets. Defaults in brackets are the paper's recipe.",
+        description="Pre-train on tracklets, or fine-tune (docs/finetuning.md has its defaults). "
+        "Defaults in brackets are the paper's recipe for pre-training.",
         usage="train.py [--FLAG VALUE ...]",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -232,13 +234,14 @@ def parse_settings(argv=None):
     """Settings from the recipe and the flags that override it. Raises ValueError where they cannot
     work."""
     given = parse_flags(argv)
-    if "finetune" in given and "weights" in given:  # as they were made
+    if "finetune" in given and "weights" in given:
+        # unless they are given, network and recipe are those of the checkpoint
         made = read_checkpoint(given["weights"]).get("settings")
         if isinstance(made, dict):
             kept = {"arch", "recipe", "size"} & made.keys()
             given = {name: made[name] for name in kept} | given
-    on_own = given.get("data") or given.get("finetune")
-    recipe = given.get("recipe") or ("paper" if on_own else "demo")
+    own_data = given.get("data") or given.get("finetune")
+    recipe = given.get("recipe") or ("paper" if own_data else "demo")
     s = Settings(recipe=recipe)
     vars(s).update(RECIPES[recipe])
     if "finetune" in given:
@@ -456,10 +459,11 @@ def make_optimizer(student):
 
 def make_sgd(network):
     """The optimizer of fine-tuning: all weights, then all biases, which learn at twice the rate."""
-    groups = [], []
+    weights = []
+    biases = []
     for name, parameter in network.named_parameters():
-        groups[name.endswith("bias")].append(parameter)
-    groups = [{"params": group} for group in groups]
+        (biases if name.endswith("bias") else weights).append(parameter)
+    groups = [{"params": weights}, {"params": biases}]
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=1e-4)
 
 
@@ -550,9 +554,7 @@ def train_epoch(state, network, s, tracklets, labels, Ks, epoch, steps):
     K = Ks[epoch]
     total = len(Ks) * steps
     since = state.step, time.time()
-    batches = data.sample_identities(
-        labels, K, s.batch, s.seed, epoch, steps, tracklets.video
-    )
+    batches = data.sample_identities(labels, K, s.batch, s.seed, epoch, steps, tracklets.video)
     state.teacher.train()  # it normalises by its own batch, as the student does
     for images in load_epoch(state, s, tracklets, batches):
         # this step's schedule and its own random numbers, so that a resumed run repeats it
@@ -882,7 +884,7 @@ def finetune(s, device):
     network = DistributedDataParallel(network)
     steps = s.epoch_steps or max(1, (labels >= 0).sum() // s.batch)
     epochs = s.epochs[0]
-    tests = {epochs * part // 6 for part in range(1, 6)} - {0}
+    tests = {epochs * part // 6 for part in range(1, 6)} - {0}  # before these epochs
     for epoch in range(state.step // steps, epochs):
         if epoch in tests:
             measure(s, state, benchmark, f"epoch {epoch}")

@@ -305,14 +305,16 @@ def claim_rows(known, seeds_of, people=""):
 
 def readme_table(walkers, people):
     """The same of r10ibn, on walkers and on people."""
-    head = ["who teaches whom"]
-    rows = {}
+    columns = []
     for known, world, folder in ((walkers, "walkers", ""), (people, "people", PEOPLE)):
-        head += [f"{world}: F1", "mAP", "over the row above"]
-        seeds = {"r10ibn": SEEDS[world]["r10ibn"]}
-        for _, name, f1, score, _, above, _ in claim_rows(known, seeds, folder):
-            rows.setdefault(name, [""] * (len(head) - 4)).extend([f1, score, above])
-    return table(head, [[name, *row] for name, row in rows.items()])
+        rows = claim_rows(known, {"r10ibn": SEEDS[world]["r10ibn"]}, folder)
+        columns.append({name: [f1, score, over] for _, name, f1, score, _, over, _ in rows})
+    nothing = ["", "", ""]
+    rows = []
+    for name in columns[0] | columns[1]:
+        rows.append([name, *columns[0].get(name, nothing), *columns[1].get(name, nothing)])
+    head = ["who teaches whom", "walkers: F1", "mAP", "over the row above"]
+    return table([*head, "people: F1", "mAP", "over the row above"], rows)
 
 
 def peer_table(known, seeds):
@@ -404,14 +406,14 @@ def draw_finetuning(pyplot):
     known = results(FILES["finetuning"])
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.4), layout="tight", sharex=True)
     for row, (world, people) in zip(axes, (("walkers", ""), ("people", PEOPLE))):
-        for panel, share in zip(row, range(len(LABELS))):
+        for i, share in enumerate(LABELS):
             for who in ("random", *WHO):
                 seeds = FINETUNED[world]["r10ibn"]
-                runs = finetuning_rows(known, "r10ibn", seeds, who, people)[share]
+                runs = finetuning_rows(known, "r10ibn", seeds, who, people)[i]
                 if runs:
                     curve = [*mean_curve(runs).values()]
-                    panel.plot(np.linspace(0, 1, len(curve)), curve, marker="o", label=who)
-            panel.set(title=f"{world}, {float(LABELS[share]):.0%} of the labels", ylim=0)
+                    row[i].plot(np.linspace(0, 1, len(curve)), curve, marker="o", label=who)
+            row[i].set(title=f"{world}, {float(share):.0%} of the labels", ylim=0)
     axes[1, 1].set(xlabel="share of the epochs")
     axes[0, 0].legend(frameon=False)
     figure.savefig(DOCS / "finetuning.svg", metadata={"Date": None})
@@ -423,6 +425,8 @@ def draw_curves():
         from matplotlib import pyplot
     except ImportError:
         sys.exit("--curves needs matplotlib: pip install matplotlib")
+    # text stays text, and the same figures make the same file
+    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "cion"}
     draw_finetuning(pyplot)
     known = results(FILES["people"])
     seeds = SEEDS["people"]["r10ibn"]

@@ -58,18 +58,17 @@ def test_logits_are_those_of_float32():
 
 @pytest.mark.parametrize("arch", ["r10ibn", "vit_tiny"])
 def test_bfloat16_takes_the_step_of_float32(arch, run):
-    """Losses of four steps, of about 5, to 0.15, the first to 0.01, and the student's weights to a
-    cosine of 0.999."""
+    """Losses of four steps to 0.05 of about 5, and the student's weights to a cosine of 0.999."""
     students = {}
     losses = {}
     for precision in ("float32", "bfloat16"):
         flags = [*ONE, "--arch", arch, "--epoch_steps", 4, "--precision", precision]
+        flags += ["--lr", 6e-3]
         folder = run(*flags, "--name", precision)
         losses[precision] = [event["loss"] for event in events(folder, "train")]
         values = [value.flatten() for value in checkpoint(folder)["student"].values()]
         students[precision] = torch.cat(values)
-    difference = np.abs(np.subtract(losses["bfloat16"], losses["float32"]))
-    assert difference[0] < 0.01 and difference.max() < 0.15
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], atol=0.05)
     assert torch.cosine_similarity(*(v.double() for v in students.values()), dim=0) > 0.999
 
 

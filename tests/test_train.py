@@ -55,6 +55,13 @@ def test_every_setting_has_a_line_of_help(capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
+    ("--finetune X --data Y", "--finetune goes without"),
+    ("--finetune X --labels Y", "--finetune goes without"),
+    ("--finetune X --identities true", "--finetune goes without"),
+    ("--finetune X --K 4 8 --epochs 1 1", "--finetune goes without"),
+    ("--labels_share 0.5", "--labels_share goes with --finetune"),
+    ("--finetune X --labels_share 1.5", "expected a number"),
+    ("--finetune X --labels_share 0", "expected a number"),
     ("--batch 30 --K 4 --epochs 1", "--batch 30 over 1 processes is not a multiple of K=4"),
     ("--K 2 4 --epochs 1", "give each phase its epochs"),
     ("--K 0 --epochs 1", "--K 0: expected a number, 1 to inf"),
