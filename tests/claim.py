@@ -58,7 +58,7 @@ SEEDS = {
 # of the labels of the people to fine-tune on
 LABELS = "0.1", "0.3", "1"
 FINETUNED = {
-    "walkers": {"r10ibn": (1, 2, 3)},
+    "walkers": {"r10ibn": (1, 2, 3), "r18ibn": (3,)},
     "people": {"r10ibn": (1, 2, 3)},
 }
 # other methods, of r10ibn on people
@@ -517,10 +517,9 @@ def main():
     world = "people" if args.data else "walkers"
     file = FILES["finetuning" if args.finetune else world]
     missing = [line for line in wanted if line not in results(file)]
-    weights = [ROOT / file for line in missing for file in re.findall(r"--weights (\S+)", line)]
-    for file in weights:
-        if not file.exists():
-            sys.exit(f"{file} is missing: make the pre-training first, without --finetune")
+    for weights in re.findall(r"--weights (\S+)", " ".join(missing)):
+        if not (ROOT / weights).exists():
+            sys.exit(f"{weights} is missing: make the pre-training first, without --finetune")
     (ROOT / "runs").mkdir(exist_ok=True)
     # runs of one world would draw it at the same time
     worlds = sorted({world_of(line) for line in missing})

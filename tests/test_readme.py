@@ -80,6 +80,31 @@ def test_the_tables_are_printed_from_the_runs():
         assert claim.fill(text) == text, f"{page.name}: tests/claim.py --tables"
 
 
+def test_missing_runs_of_fine_tuning_need_weights_and_become_lines(tmp_path, monkeypatch):
+    made = []
+    files = {name: tmp_path / f"{name}.jsonl" for name in claim.FILES}
+    for name, value in {
+        "ROOT": tmp_path,
+        "FILES": files,
+        "ProcessPoolExecutor": claim.ThreadPoolExecutor,
+        "rank_colours": len,
+        "run": lambda line, histogram, file, flags: made.append((line, file)) or True,
+    }.items():
+        monkeypatch.setattr(claim, name, value)
+    wanted = [line for line in claim.finetuning_commands("") if "--seed 1" in line]
+    monkeypatch.setattr("sys.argv", ["claim.py", "--finetune", "--seed 1"])
+    with pytest.raises(SystemExit, match="last.pt is missing"):
+        claim.main()
+    for line in wanted[1:]:
+        if "--weights" in line:
+            weights = tmp_path / line.split("--weights ")[1]
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            weights.touch()
+    files["finetuning"].write_text('{"command": "%s"}\n' % wanted[0])
+    claim.main()
+    assert sorted(made) == sorted((line, files["finetuning"]) for line in wanted[1:])
+
+
 @pytest.fixture
 def user(few, market, tmp_path, monkeypatch):
     """A folder in which the README's names mean something tiny."""
