@@ -362,8 +362,8 @@ def finetuning_rows(known, arch, seeds, who, people=""):
 
 
 def finetuning_table(known, seeds_of, people=""):
-    """mAP after fine-tuning with more and more labels. The last column but one: the first test at
-    which the mean over seeds is what random weights end with, of all labels."""
+    """mAP / R1 after fine-tuning with more and more labels. The last column but one: the first test
+    at which the mean mAP over seeds is what random weights end with, of all labels."""
     rows = []
     for arch, seeds in seeds_of.items():
         above = {}
@@ -375,9 +375,8 @@ def finetuning_table(known, seeds_of, people=""):
             before = [next(iter(run["stages"].values()))["mAP"] for run in few.values()]
             cells = []
             for runs in shares:
-                cells.append(spread([last(run)["mAP"] for run in runs.values()]))
-                if 0 < len(runs) < len(few):
-                    cells[-1] += f" (of {len(runs)})"
+                mAP, R1 = figures({seed: last(run) for seed, run in runs.items()})
+                cells.append(f"{mAP} / {R1.split(' ')[0]}" if runs else "")
             scores = {seed: last(run) for seed, run in few.items()}
             over = difference(scores, above)
             above = scores
@@ -387,8 +386,9 @@ def finetuning_table(known, seeds_of, people=""):
                 if who == "random":
                     goal = [*curve.values()][-1]
                 reached = next((stage for stage, value in curve.items() if value >= goal), "never")
+                reached = {"weights": "before", "finetuned": "end"}.get(reached, reached)
             rows.append([f"`{arch}`", who, spread(before), *cells, over, reached, len(few)])
-    head = ["network", "pre-training", "before"]
+    head = ["network", "pre-training", "mAP before"]
     head += [f"{float(share):.0%} of the labels" for share in LABELS]
     return table([*head, "over the row above, at 10%", "as random weights' end", "seeds"], rows)
 
