@@ -556,8 +556,7 @@ def write_pictures(file, pictures, columns):
 
 
 def name_of(video):
-    """What the folder of a video's tracklets is called; a sequence of MOTChallenge is <name>/img1.
-    """
+    """What the folder of a video's tracklets is called. MOTChallenge's sequences are <name>/img1."""
     if video.name == "img1":
         video = video.parent
     name = video.name if video.is_dir() else video.stem
@@ -748,9 +747,7 @@ BOX = np.dtype("i8, i8, i8, i8, f8, f8, f8")
 BOX.names = "video", "track", "frame", "person", "heading", "phase", "place"
 
 
-def draw_walkers(
-    root, seed=0, people=100, videos=48, held_out=60, noise=1.0, test_videos=24
-):
+def draw_walkers(root, seed=0, people=100, videos=48, held_out=60, noise=1.0, test_videos=24):
     """Draw people whose identities are known, as a tracker finds them: root/train and root/test in
     LUPerson-NL's layout, the truth in train.json and test.json. Deterministic in the arguments.
 
@@ -864,10 +861,8 @@ def draw_looks(random, people):
         return drawn.astype(np.float32)
 
     return dict(
-        skin=np.float32([[[0.93]], [[0.76]], [[0.65]]])
-        * colour(0.35, 1.05, 1),
-        hair=np.float32([[[0.5]], [[0.35]], [[0.2]]])
-        * colour(0.1, 1.6, 1),
+        skin=np.float32([[[0.93]], [[0.76]], [[0.65]]]) * colour(0.35, 1.05, 1),
+        hair=np.float32([[[0.5]], [[0.35]], [[0.2]]]) * colour(0.1, 1.6, 1),
         girth=random.uniform(0.8, 1.25, people),
         tall=colour(0.9, 1.06, 1),
         long_hair=random.random(people) < 0.4,
@@ -877,8 +872,7 @@ def draw_looks(random, people):
         bottom=colour(0.03, 0.8),
         shoes=colour(),
         # how many a body height, across and down; none, one or both
-        stripes=random.integers(0, 2, (people, 2))
-        * random.uniform(8, 22, (people, 2)),
+        stripes=random.integers(0, 2, (people, 2)) * random.uniform(8, 22, (people, 2)),
         vest=random.random(people) < 0.2,
         long_sleeve=random.integers(0, 2, people),
         long_leg=random.random(people) >= 0.3,
