@@ -80,7 +80,7 @@ def test_the_tables_are_printed_from_the_runs():
         assert claim.fill(text) == text, f"{page.name}: tests/claim.py --tables"
 
 
-def test_missing_runs_of_fine_tuning_need_weights_and_become_lines(tmp_path, monkeypatch):
+def test_missing_runs_are_made_where_their_weights_are_and_become_lines(tmp_path, monkeypatch):
     made = []
     files = {name: tmp_path / f"{name}.jsonl" for name in claim.FILES}
     for name, value in {
@@ -92,17 +92,19 @@ def test_missing_runs_of_fine_tuning_need_weights_and_become_lines(tmp_path, mon
     }.items():
         monkeypatch.setattr(claim, name, value)
     wanted = [line for line in claim.finetuning_commands("") if "--seed 1" in line]
+    random = [line for line in wanted if "--weights" not in line]
+    pretrained = [line for line in wanted if "--weights" in line]
+    files["finetuning"].write_text('{"command": "%s"}\n' % random[0])
     monkeypatch.setattr("sys.argv", ["claim.py", "--finetune", "--seed 1"])
-    with pytest.raises(SystemExit, match="last.pt is missing"):
-        claim.main()
-    for line in wanted[1:]:
-        if "--weights" in line:
-            weights = tmp_path / line.split("--weights ")[1]
-            weights.parent.mkdir(parents=True, exist_ok=True)
-            weights.touch()
-    files["finetuning"].write_text('{"command": "%s"}\n' % wanted[0])
     claim.main()
-    assert sorted(made) == sorted((line, files["finetuning"]) for line in wanted[1:])
+    assert made == [(line, files["finetuning"]) for line in random[1:]]
+    made.clear()
+    weights = tmp_path / pretrained[0].split("--weights ")[1]
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    claim.main()
+    assert (pretrained[0], files["finetuning"]) in made
+    assert (pretrained[1], files["finetuning"]) not in made
 
 
 @pytest.fixture
