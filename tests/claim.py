@@ -55,8 +55,13 @@ SEEDS = {
     "walkers": {"r10ibn": (1, 2, 3, 4, 5), "r18ibn": (3, 4, 5), "vit_tiny": (3, 4, 5)},
     "people": {"r10ibn": (1, 2, 3), "r18ibn": (1,), "vit_tiny": (1,)},
 }
-# of the labels of the people to fine-tune on
-LABELS = "0.1", "0.3", "1"
+# how much of the labels to fine-tune with, and how: a column each
+LABELS = {
+    "--labels_share 0.1": "10% of the labels",
+    "--labels_share 0.1 --lr 8e-2": "the same, `--lr 8e-2`",
+    "--labels_share 0.3": "30% of the labels",
+    "--labels_share 1": "100% of the labels",
+}
 FINETUNED = {
     "walkers": {"r10ibn": (1, 2, 3), "r18ibn": (3,)},
     "people": {"r10ibn": (1, 2, 3)},
@@ -99,23 +104,23 @@ def name_of(line):
     return "claim-" + re.sub(r"[^\w.]+", "-", f"{Path(script).stem} {line.split(script)[1]}")
 
 
-def finetuning_command(arch, seed, who, share, people=""):
-    """Fine-tuning on a share of the labels, from random weights or from a row's."""
+def finetuning_command(arch, seed, who, labels, people=""):
+    """Fine-tuning with the labels that a column has, from random weights or from a row's."""
     start = f"--arch {arch} --recipe {'people' if people else 'demo'}"
     if who != "random":
         start = f"--weights runs/{name_of(command(arch, seed, WHO[who], people))}/last.pt"
     folder = f"{people or 'data/walkers'}-{seed}"
-    return f"torchrun train.py --finetune {folder} --seed {seed} --labels_share {share} {start}"
+    return f"torchrun train.py --finetune {folder} --seed {seed} {labels} {start}"
 
 
 def finetuning_commands(people):
     """Every run of fine-tuning."""
     runs = []
     for arch, seeds in FINETUNED["people" if people else "walkers"].items():
-        for share in LABELS:
+        for labels in LABELS:
             for seed in seeds:
                 for who in ("random", *WHO):
-                    runs.append(finetuning_command(arch, seed, who, share, people))
+                    runs.append(finetuning_command(arch, seed, who, labels, people))
     return runs
 
 
@@ -348,10 +353,10 @@ def small_table(known, flags_of_rows):
 
 
 def finetuning_rows(known, arch, seeds, who, people=""):
-    """The runs of fine-tuning that are there, a {seed: run} for each share of the labels."""
+    """The runs of fine-tuning that are there, a {seed: run} for each column."""
     rows = []
-    for share in LABELS:
-        lines = {seed: finetuning_command(arch, seed, who, share, people) for seed in seeds}
+    for labels in LABELS:
+        lines = {seed: finetuning_command(arch, seed, who, labels, people) for seed in seeds}
         rows.append({seed: known[line] for seed, line in lines.items() if line in known})
     return rows
 
@@ -374,18 +379,17 @@ def finetuning_table(known, seeds_of, people=""):
             over = difference(scores, above)
             above = scores
             rows.append([f"`{arch}`", who, spread(before), *cells, over, len(few)])
-    head = ["network", "pre-training", "mAP before"]
-    head += [f"{float(share):.0%} of the labels" for share in LABELS]
-    return table([*head, "over the row above, at 10%", "seeds"], rows)
+    head = ["network", "pre-training", "mAP before", *LABELS.values()]
+    return table([*head, "over the row above, first column", "seeds"], rows)
 
 
 def draw_finetuning(pyplot):
     """docs/finetuning.svg, of r10ibn: mAP by epoch."""
     known = results(FILES["finetuning"])
     epochs = SHORT_FINETUNING["epochs"][0]
-    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.4), layout="tight", sharex=True)
+    figure, axes = pyplot.subplots(2, 4, figsize=(15, 6.4), layout="tight", sharex=True)
     for row, (world, people) in zip(axes, (("walkers", ""), ("people", PEOPLE))):
-        for i, share in enumerate(LABELS):
+        for i, title in enumerate(LABELS.values()):
             for who in ("random", *WHO):
                 seeds = FINETUNED[world]["r10ibn"]
                 runs = finetuning_rows(known, "r10ibn", seeds, who, people)[i]
@@ -396,7 +400,7 @@ def draw_finetuning(pyplot):
                 if curves:
                     steps, maps = np.mean(curves, axis=0).T
                     row[i].plot(epochs * steps / steps[-1], maps, marker="o", label=who)
-            row[i].set(title=f"{world}, {float(share):.0%} of the labels", ylim=0)
+            row[i].set(title=f"{world}, {title.replace('`', '')}", ylim=0)
     axes[1, 1].set(xlabel="epochs")
     axes[0, 0].legend(frameon=False)
     figure.savefig(DOCS / "finetuning.svg", metadata={"Date": None})
