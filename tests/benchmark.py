@@ -196,16 +196,14 @@ def ablation(case):
     return found
 
 
-def level_rows(name, case):
-    """What there is before level 1 and after each, a row of a table each."""
+def level_figures(case):
+    """What there is before level 1 and after each: its name, and number of identities, share of
+    images kept, n_S and its two parts, precision, recall and F1."""
     sigmas = denoise.calibrate(case.placed, *case.index, case.r_s)
-    levels = denoise.level_by_level(case.placed, case.index, sigmas, case.r_s)
-    for level, labels in levels:
+    for level, labels in denoise.level_by_level(case.placed, case.index, sigmas, case.r_s):
         n_S = denoise.noise(case.placed, labels, *sigmas, case.r_s)
         scores = denoise.pairwise_scores(labels, case.truth)
-        counts = [labels.max() + 1, f"{(labels >= 0).mean():.1%}"]
-        figures = [f"{value:.2f}" for value in n_S] + [f"{v:.3f}" for v in scores.values()]
-        yield [name, level, *counts, *figures]
+        yield level, [labels.max() + 1, (labels >= 0).mean(), *n_S, *scores.values()]
 
 
 def peers(case):
@@ -279,8 +277,11 @@ def quality(args):
         header = ["", "after", "identities", "images kept", "n_S", "too wide", "too close"]
         rows = []
         for name, several in cases.items():
-            for case in several:
-                rows += level_rows(name, case)
+            for same_level in zip(*map(level_figures, several)):
+                levels, found = zip(*same_level)
+                identities, kept, *others = np.mean(found, axis=0)
+                others = [f"{value:.2f}" for value in others[:3]] + [f"{v:.3f}" for v in others[3:]]
+                rows.append([name, levels[0], f"{identities:.0f}", f"{kept:.1%}", *others])
         print_table("Level by level", [*header, "P", "R", "F1"], rows)
     if "ablation" in args.parts:
         print_f1("What each addition is worth", cases, ablation)
