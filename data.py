@@ -556,7 +556,7 @@ def write_pictures(file, pictures, columns):
 
 
 def name_of(video):
-    """What the folder of a video's tracklets is called. MOTChallenge's sequences are <name>/img1."""
+    """What the folder of a video's tracklets is called. MOTChallenge has sequences <name>/img1."""
     if video.name == "img1":
         video = video.parent
     name = video.name if video.is_dir() else video.stem

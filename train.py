@@ -884,7 +884,7 @@ def finetune(s, device):
     network = DistributedDataParallel(network)
     steps = s.epoch_steps or max(1, (labels >= 0).sum() // s.batch)
     epochs = s.epochs[0]
-    tests = {epochs * part // 6 for part in range(1, 6)} - {0}  # before these epochs
+    tests = {epochs * part // 6 for part in range(1, 6)} - {0}
     for epoch in range(state.step // steps, epochs):
         if epoch in tests:
             measure(s, state, benchmark, f"epoch {epoch}")

@@ -279,9 +279,10 @@ def quality(args):
         for name, several in cases.items():
             for same_level in zip(*map(level_figures, several)):
                 levels, found = zip(*same_level)
-                identities, kept, *others = np.mean(found, axis=0)
-                others = [f"{value:.2f}" for value in others[:3]] + [f"{v:.3f}" for v in others[3:]]
-                rows.append([name, levels[0], f"{identities:.0f}", f"{kept:.1%}", *others])
+                identities, kept, *values = np.mean(found, axis=0)
+                n_S = [f"{value:.2f}" for value in values[:3]]
+                scores = [f"{value:.3f}" for value in values[3:]]
+                rows.append([name, levels[0], f"{identities:.0f}", f"{kept:.1%}", *n_S, *scores])
         print_table("Level by level", [*header, "P", "R", "F1"], rows)
     if "ablation" in args.parts:
         print_f1("What each addition is worth", cases, ablation)

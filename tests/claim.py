@@ -367,14 +367,20 @@ def finetuning_table(known, seeds_of, people=""):
     for arch, seeds in seeds_of.items():
         above = {}
         for who in ("random", *WHO):
-            few, *_ = shares = finetuning_rows(known, arch, seeds, who, people)
+            columns = finetuning_rows(known, arch, seeds, who, people)
+            few = columns[0]
             if not few:
                 continue
             before = [next(iter(run["stages"].values()))["mAP"] for run in few.values()]
             cells = []
-            for runs in shares:
-                mAP, R1 = figures({seed: last(run) for seed, run in runs.items()})
-                cells.append(f"{mAP} / {R1.split(' ')[0]}" if runs else "")
+            for runs in columns:
+                if not runs:
+                    cells.append("")
+                    continue
+                ends = [last(run) for run in runs.values()]
+                mAP = spread([end["mAP"] for end in ends])
+                R1 = np.mean([end["R1"] for end in ends])
+                cells.append(f"{mAP} / {100 * R1:.1f}")
             scores = {seed: last(run) for seed, run in few.items()}
             over = difference(scores, above)
             above = scores
@@ -387,7 +393,7 @@ def draw_finetuning(pyplot):
     """docs/finetuning.svg, of r10ibn: mAP by epoch."""
     known = results(FILES["finetuning"])
     epochs = SHORT_FINETUNING["epochs"][0]
-    figure, axes = pyplot.subplots(2, 4, figsize=(15, 6.4), layout="tight", sharex=True)
+    figure, axes = pyplot.subplots(2, len(LABELS), figsize=(15, 6.4), layout="tight")
     for row, (world, people) in zip(axes, (("walkers", ""), ("people", PEOPLE))):
         for i, title in enumerate(LABELS.values()):
             for who in ("random", *WHO):
@@ -400,8 +406,7 @@ def draw_finetuning(pyplot):
                 if curves:
                     steps, maps = np.mean(curves, axis=0).T
                     row[i].plot(epochs * steps / steps[-1], maps, marker="o", label=who)
-            row[i].set(title=f"{world}, {title.replace('`', '')}", ylim=0)
-    axes[1, 1].set(xlabel="epochs")
+            row[i].set(title=f"{world}, {title.replace('`', '')}", xlabel="epochs", ylim=0)
     axes[0, 0].legend(frameon=False)
     figure.savefig(DOCS / "finetuning.svg", metadata={"Date": None})
 

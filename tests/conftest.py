@@ -130,6 +130,24 @@ def run(few, in_process, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def given_to(monkeypatch):
+    """given_to(module, name) is a list of what each call of a function is given from now on."""
+
+    def note(module, name):
+        original = getattr(module, name)
+        given = []
+
+        def noted(*args):
+            given.append([arg.detach().clone() if torch.is_tensor(arg) else arg for arg in args])
+            return original(*args)
+
+        monkeypatch.setattr(module, name, noted)
+        return given
+
+    return note
+
+
+@pytest.fixture
 def one_process():
     """Within this, torch.distributed has a group of this process alone."""
     from evaluate import join_processes

@@ -227,18 +227,11 @@ def test_network_size_and_recipe_are_the_checkpoints_unless_given(pretrained, tm
     assert (s.arch, s.size, s.recipe, s.batch) == ("r50ibn", (64, 32), "paper", 512)
 
 
-def test_so_many_people_have_labels(few, finetune, monkeypatch):
-    sample = data.sample_identities
-    given = []
-
-    def noted(labels, *args):
-        given.append(labels)
-        return sample(labels, *args)
-
-    monkeypatch.setattr(data, "sample_identities", noted)
+def test_so_many_people_have_labels(few, finetune, given_to):
+    given = given_to(data, "sample_identities")
     finetune("--labels_share", 0.5, "--epochs", 1)
     _, truth = data.read_training(few)
-    labels = given[0]
+    labels = given[0][0]
     assert set(labels) == {-1, 0, 1, 2}
     for label in range(3):
         people = truth[labels == label]
@@ -246,8 +239,9 @@ def test_so_many_people_have_labels(few, finetune, monkeypatch):
     with pytest.raises(ValueError, match="images of other names, number or labels"):
         finetune("--labels_share", 1, "--epochs", 1)
     finetune("--labels_share", 0.1, "--epochs", 1, "--name", "fewer")  # two people are the least
-    assert set(given[-1]) == {-1, 0, 1}
-    assert (given[-1] == np.where(labels < 2, labels, -1)).all()
+    fewer = given[-1][0]
+    assert set(fewer) == {-1, 0, 1}
+    assert (fewer == np.where(labels < 2, labels, -1)).all()
 
 
 @pytest.fixture

@@ -92,19 +92,15 @@ def test_missing_runs_are_made_where_their_weights_are_and_become_lines(tmp_path
     }.items():
         monkeypatch.setattr(claim, name, value)
     wanted = [line for line in claim.finetuning_commands("") if "--seed 1" in line]
-    random = [line for line in wanted if "--weights" not in line]
-    pretrained = [line for line in wanted if "--weights" in line]
-    files["finetuning"].write_text('{"command": "%s"}\n' % random[0])
+    known = wanted[0]
+    files["finetuning"].write_text('{"command": "%s"}\n' % known)
+    weights = wanted[1].split("--weights ")[1]
+    (tmp_path / weights).parent.mkdir(parents=True)
+    (tmp_path / weights).touch()
     monkeypatch.setattr("sys.argv", ["claim.py", "--finetune", "--seed 1"])
     claim.main()
-    assert made == [(line, files["finetuning"]) for line in random[1:]]
-    made.clear()
-    weights = tmp_path / pretrained[0].split("--weights ")[1]
-    weights.parent.mkdir(parents=True)
-    weights.touch()
-    claim.main()
-    assert (pretrained[0], files["finetuning"]) in made
-    assert (pretrained[1], files["finetuning"]) not in made
+    ready = [line for line in wanted if "--weights" not in line or weights in line]
+    assert made == [(line, files["finetuning"]) for line in ready if line != known]
 
 
 @pytest.fixture

@@ -297,19 +297,6 @@ def test_a_collapse_shows_in_every_line_and_is_named_once(run, capsys):
 # ---------------------------------------------------------------- one step
 
 
-def given_to(monkeypatch, name):
-    """What each call of a function of train.py is given from now on."""
-    original = getattr(train, name)
-    given = []
-
-    def noted(*args):
-        given.append([arg.detach().clone() if torch.is_tensor(arg) else arg for arg in args])
-        return original(*args)
-
-    monkeypatch.setattr(train, name, noted)
-    return given
-
-
 ONE = ("--identities", "true", "--tracklet_epochs", 0, "--K", 2, "--epochs", 1)
 
 
@@ -351,16 +338,16 @@ def test_the_teacher_normalises_by_its_own_batch(run):
     assert last["teacher"]["backbone.bn1.num_batches_tracked"] == 2
 
 
-def test_the_loss_is_given_what_the_settings_say(run, monkeypatch):
-    given = given_to(monkeypatch, "identity_loss")
+def test_the_loss_is_given_what_the_settings_say(run, given_to):
+    given = given_to(train, "identity_loss")
     run(*ONE, "--loss", "release", "--student_temp", 0.2, "--teacher_temp", 0.03)
     student, teacher, _, *others = given[0]
     assert student.shape == (4, 16, 32) and teacher.shape == (2, 16, 32)
     assert others == [2, 0.2, 0.03, "release"]
 
 
-def test_the_running_center_moves_after_it_was_used(run, monkeypatch):
-    given = given_to(monkeypatch, "identity_loss")
+def test_the_running_center_moves_after_it_was_used(run, given_to):
+    given = given_to(train, "identity_loss")
     last = checkpoint(run(*ONE, "--centering", "ema", "--epoch_steps", 2))
     (_, first, center, *_), (_, second, moved, *_) = given
     assert not center.any()
@@ -368,8 +355,8 @@ def test_the_running_center_moves_after_it_was_used(run, monkeypatch):
     torch.testing.assert_close(last["center"], 0.9 * moved + 0.1 * second.mean((0, 1)))
 
 
-def test_sinkhorn_has_the_teachers_temperature(run, monkeypatch):
-    given = given_to(monkeypatch, "identity_loss")
+def test_sinkhorn_has_the_teachers_temperature(run, given_to):
+    given = given_to(train, "identity_loss")
     run(*ONE, "--centering", "sinkhorn", "--teacher_temp", 0.07)
     _, teacher, center, *_ = given[0]
     torch.testing.assert_close(center, distill.sinkhorn(teacher, 0.07))
@@ -409,22 +396,15 @@ def test_workers_change_nothing_and_a_seed_everything(run, whole, tmp_path):
 # ---------------------------------------------------------------- who teaches whom
 
 
-def test_who_teaches_whom_changes_nothing_else(run, whole, few, monkeypatch):
+def test_who_teaches_whom_changes_nothing_else(run, whole, few, given_to):
     """--identities: the same steps and schedules, on other identities."""
     t = data.read_tracklets(few / "train")
     truth = data.read_labels(few / "train.json", t)
-    sample = data.sample_identities
-    given = []
-
-    def noted(labels, *args):
-        given.append(labels)
-        return sample(labels, *args)
-
-    monkeypatch.setattr(data, "sample_identities", noted)
+    given = given_to(data, "sample_identities")
     for who, labels in (("instance", np.arange(len(t))), ("tracklet", t.track), ("true", truth)):
         given.clear()
         folder = run("--identities", who, "--name", who)
-        assert len(given) == 3 and all(np.array_equal(found, labels) for found in given)
+        assert len(given) == 3 and all(np.array_equal(args[0], labels) for args in given)
         assert [event["stage"] for event in events(folder, "evaluate")] == ["random", who]
         for event, other in zip(events(folder, "train"), whole[1], strict=True):
             assert event["K"] == (1 if who == "instance" else other["K"])
