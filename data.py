@@ -32,12 +32,12 @@ import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, encode_jpeg
+from torchvision.io import encode_jpeg
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 FILE_NAME = re.compile(r"(?ai)(\d+)_(\d+)_(\d+)\.jpe?g")
 LARGEST = 2**63 - 1  # the largest number that an array of int64 holds
-JPEG = b"\xff\xd8"  # the first bytes of a JPEG file
 
 
 # ---------------------------------------------------------------- the index
@@ -173,7 +173,6 @@ def read_annotation(file):
 
     def take(entry):
         """Keep what an entry says, not millions of dicts."""
-        entry = dict(entry)
         path = entry.get("file_path")
         identity = entry.get("id")
         if type(path) is not str or type(identity) is not int or not 1 <= identity <= LARGEST:
@@ -185,8 +184,8 @@ def read_annotation(file):
         ids.append(identity)
 
     try:
-        entries = json.loads(Path(file).read_bytes(), object_pairs_hook=take)
-        # a list of n entries is read as n times what `take` returns
+        entries = json.loads(Path(file).read_bytes(), object_hook=take)
+        # `take` returns None, so that a list of n entries is read as n times None
         if not ids or entries != [None] * len(ids):
             raise ValueError("got something else")
     except (ValueError, RecursionError) as error:
@@ -228,16 +227,10 @@ def read_identities(file, root):
 def read_image(file):
     """An image file, uint8 (3, H, W). Raises ValueError for one that cannot be read."""
     try:
-        content = np.fromfile(file, np.uint8)
-        if content[:2].tobytes() == JPEG:
-            content = torch.from_numpy(content)
-            return decode_image(content, ImageReadMode.RGB, apply_exif_orientation=True)
-        # at a damaged PNG torchvision's decoder, the faster one, ends the program
         with PIL.Image.open(file) as image:
-            if image.mode[0] in "IF" or getattr(image, "n_frames", 1) > 1:
-                raise ValueError("expected one image of 8 bits a colour")
-            image = PIL.ImageOps.exif_transpose(image).convert("RGB")
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            if image.mode[0] in "IF":
+                raise ValueError("expected 8 bits a colour")
+            return pil_to_tensor(PIL.ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # whatever decoders raise
         raise ValueError(f"{file}: cannot be read: {error}") from None
 
@@ -269,8 +262,8 @@ class Images(Dataset):
         return read_image(self.tracklets.root / self.tracklets.path(i))
 
     def substitute(self, i, error):
-        """Another image in the place of one that cannot be read, for which the error is raised if
-        there is none."""
+        """Another image in the place of image i. Raises the error, which is that of image i, if no
+        image of the video can be read."""
         same = np.flatnonzero(self.tracklets.track == self.tracklets.track[i])
         after = np.roll(same, -np.searchsorted(same, i))
         near = np.flatnonzero(self.tracklets.video == self.tracklets.video[i])
@@ -305,11 +298,8 @@ def load_batches(tracklets, batches, size, workers=0):
                 raise ValueError(f"{first}: cannot be read, one of {len(bad)}, more than 1%")
             yield images
     except ValueError as error:
-        text = str(error)
-        if "Original Traceback" not in text:
-            raise
-        # the last line of what a worker reports is its error
-        raise ValueError(text.splitlines()[-1].removeprefix("ValueError: ")) from None
+        # of what a worker reports the last line is its error
+        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
 def ignore_signals(worker):
@@ -323,14 +313,8 @@ def end_workers():
     """At its end Python sends SIGTERM to workers, which they ignore, and would wait for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report that they died
     for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def framed(image, colour):
-    """A picture (3, H, W) in [0, 1] with a frame, three pixels wide, inside its edge."""
-    picture = torch.tensor(colour)[:, None, None].repeat(1, *image.shape[1:])
-    picture[:, 3:-3, 3:-3] = image[:, 3:-3, 3:-3]
-    return picture
+        if worker.daemon:  # as a DataLoader's are
+            worker.kill()
 
 
 # ---------------------------------------------------------------- sampling
@@ -541,8 +525,8 @@ def crop(video, tracks, out, every=1, confidence=-np.inf, min_size=(1, 1)):
 
 
 def write_image(file, image, quality):
-    """A JPEG file of an image, uint8 (3, H, W). Raises OSError, where torchvision's write_jpeg and
-    save_image say nothing: on a full disk."""
+    """A JPEG file of an image, uint8 (3, H, W). Raises OSError, also on a full disk, where
+    torchvision's write_jpeg and save_image say nothing."""
     try:
         Path(file).write_bytes(encode_jpeg(image.contiguous(), quality).numpy())
     except OSError as error:
@@ -596,9 +580,8 @@ def cut_benchmark(root, layout, out, held=251, seed=0, swap=0.0):
     tracklets in <out>/train, and `held` people who are held out in <out>/test, where a video is a
     camera; the truth in train.json and test.json, as for walkers. Images are links.
 
-    layout: a function below. seed: of who is held out. swap: the share of pairs of tracklets of a
-    video, neighbours in time, that are joined into one. Raises ValueError for other names of files
-    and too few people, FileExistsError where `out` exists."""
+    layout: a function below. seed: of who is held out. swap: see `join_tracklets`. Raises
+    ValueError for other names of files and too few people, FileExistsError where `out` exists."""
     files, person, camera, video, track, frame = layout(Path(root))
     random = np.random.default_rng(seed)
     people = np.unique(person)
@@ -631,13 +614,14 @@ def link_split(folder, files, person, video, track, frame):
 
 
 def join_tracklets(video, track, frame, share, random):
-    """Tracklets (N,), of which in each video so large a share of pairs has become one."""
-    tracks, first = np.unique(track, return_index=True)
+    """Tracklets (N,), 0 to T - 1. In the order of time the first and the second, the third and the
+    fourth, ... of a video become one with a probability of `share`."""
+    first = np.unique(track, return_index=True)[1]
     in_time = np.lexsort((frame[first], video[first]))
-    union = np.arange(tracks.max() + 1)
-    for a, b in zip(in_time[:-1:2], in_time[1::2]):
+    union = np.arange(len(first))
+    for a, b in zip(in_time[::2], in_time[1::2]):
         if video[first[a]] == video[first[b]] and random.random() < share:
-            union[tracks[b]] = tracks[a]
+            union[b] = a
     return union[track]
 
 
@@ -677,8 +661,9 @@ def market(root):
     order = np.lexsort((frame, sequence, camera, person))
     where = np.stack([person, camera, sequence])[:, order]
     new = (np.diff(where) != 0).any(0) | (np.diff(frame[order]) > 200)
+    new = np.append(True, new)
     track = np.empty_like(frame)
-    track[order] = np.append(0, new.cumsum())
+    track[order] = new.cumsum() - 1
 
     time = frame.copy()  # before the end, then since the beginning
     for c in np.unique(camera):
@@ -686,8 +671,7 @@ def market(root):
         for s in np.unique(sequence[own]):
             time[own & (sequence <= s)] -= frame[own & (sequence == s)].max()
     time -= time.min()
-    first = np.full(track.max() + 1, LARGEST)
-    np.minimum.at(first, track, time)
+    first = time[order][new]
     video = np.array(["part_%03d/camera_%d" % place for place in zip(first[track] // 5000, camera)])
     return files, person, camera, video, track, time
 
@@ -909,7 +893,7 @@ def draw_boxes(random, looks, cameras, boxes):
         drawn = random.uniform(low, high, (n, channels, 1, 1))
         return drawn.astype(np.float32)
 
-    # half of the background is a part of the video's scene, half differs from frame to frame
+    # half of the background differs from frame to frame, half is a part of the video's scene, below
     left = (boxes.place * SCENE).astype(int)
     left += random.integers(-6, 7, n)
     image = 0.5 * draw_texture(random, n, 5, 3, WIDTH)
@@ -958,10 +942,8 @@ def draw_person(image, x, y, scale, box, look):
     def limb(colour, *ends):
         """From (ax, ay), with a radius of ra, to (bx, by), with a radius of rb."""
         ax, ay, bx, by, ra, rb = np.float32(ends)
-        # no radius is above 0.15: other rows are not touched
-        rows = slice(*np.searchsorted(y.ravel(), [ay - 0.16, by + 0.16]))
         px = x - ax
-        py = y[:, rows] - ay
+        py = y - ay
         dx = bx - ax
         dy = by - ay
         along = (px * dx + py * dy) / (dx * dx + dy * dy + 1e-8)
@@ -969,8 +951,7 @@ def draw_person(image, x, y, scale, box, look):
         across = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
         outside = across - (ra + along * (rb - ra))
         alpha = (0.5 - outside * HEIGHT * scale).clip(0, 1)
-        part = image[:, rows]
-        part += alpha * (np.broadcast_to(colour, image.shape)[:, rows] - part)
+        image[:] += alpha * (colour - image)
 
     side = np.sin(box.heading)  # 1 or -1 in profile
     front = np.cos(box.heading)  # 1 where the person faces the camera

@@ -11,16 +11,15 @@ Features are arrays or memory-mapped files of any size: one video is in memory a
 centroid for each tracklet. Read first: `noise`, `trim`, `reallocate`, `links`, `denoise`.
 """
 import argparse
-import errno
 import json
 import math
 import os
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from scipy.sparse import csr_array, triu
 from scipy.sparse.csgraph import connected_components
@@ -48,11 +47,6 @@ def distances(a, b):
     return 1 - np.einsum("nd,nd->n", a, b)
 
 
-def centroid(features):
-    """c_k (d,): the mean of an identity's features (n, d), at unit length, which no cosine sees."""
-    return unit(features.mean(0))
-
-
 class Noise(NamedTuple):
     """n_S and its two parts."""
 
@@ -64,7 +58,8 @@ class Noise(NamedTuple):
 def noise(features, labels, sigma_cst, sigma_drm, r_s=None):
     """n_S = (1 / M) (sum_k n_k^cst + sum_i sum_{j != i} n_ij^drm) of M identities (eq. 3).
 
-    n_k^cst is 1 where r_k > sigma_cst (eq. 1), n_ij^drm where dist(c_i, c_j) < sigma_drm (eq. 2).
+    n_k^cst is 1 where r_k > sigma_cst (eq. 1; equal is up to TIE), n_ij^drm where
+    dist(c_i, c_j) < sigma_drm (eq. 2).
     features (N, d) of any length; labels (N,), -1 for images in no identity. All pairs are compared
     or, given r_s, identities at most r_s apart in the order of their numbers, as level 3 does."""
     labels = dense(labels)
@@ -114,17 +109,15 @@ def labelled_parts(features, labels):
 
 def sums_by_label(features, labels):
     """Sums (n, d) of the unit features of labels 0..n-1, by one pass over features (N, d)."""
-    sums = np.zeros((labels.max() + 1, features.shape[1]), np.float32)
+    sums = torch.zeros(labels.max() + 1, features.shape[1])
     for k, x in labelled_parts(features, labels):
-        names, group = np.unique(k, return_inverse=True)
-        ones = np.ones_like(k, np.float32)
-        members = csr_array((ones, group, np.arange(len(k) + 1)))
-        sums[names] += members.T @ x
-    return sums
+        sums.index_add_(0, torch.from_numpy(k), torch.from_numpy(x))
+    return sums.numpy()
 
 
 def centroids_of(features, labels):
-    """Centroids (n, d) of labels 0..n-1 of features (N, d); -1 is left out."""
+    """Centroids c_k (n, d) of labels 0..n-1 of features (N, d): means, at unit length, which no
+    cosine sees. -1 is left out."""
     return unit(sums_by_label(features, labels))
 
 
@@ -165,10 +158,10 @@ def reallocate(features, labels, track, sigma_cst, frame):
     than sigma_cst, else discarded (eq. 5). Centroids are those that level 1 left. Labels (n,).
 
     features (n, d), unit length; labels (n,), level 1's; track (n,), where a sample came from.
-    frame (n,): a sample joins nobody who is in its frame too. That is cannot-link, ours: in the
-    paper no two samples share a frame."""
+    frame (n,): a sample joins nobody who is in its frame too. That is cannot-link, ours; for the
+    paper's equation give every sample a frame of its own."""
     tracklets = np.unique(labels[labels >= 0])
-    centroids = np.stack([centroid(features[rows]) for rows in rows_of(labels)])
+    centroids = centroids_of(features, dense(labels))
     labels = labels.copy()
     for i in np.flatnonzero(labels < 0):
         barred = np.append(labels[frame == frame[i]], track[i])
@@ -185,7 +178,7 @@ def single_video(features, labels, track, frame, sigma_cst, sigma_drm, closest_f
     centroids, now with what was reallocated, are closer than sigma_drm, all that are linked
     becoming one (eq. 6). Labels (n,), 0.. or -1. frame and closest_first: see `cross_video`."""
     labels = reallocate(features, labels, track, sigma_cst, frame)
-    labels = in_sequence(labels, np.lexsort((track, frame)).argsort())
+    labels = in_sequence(dense(labels), np.arange(len(labels)))
     # every tracklet is in the range of every other
     r_s = max(1, labels.max())
     return cross_video(features, labels, frame, sigma_drm, r_s, closest_first)
@@ -214,25 +207,14 @@ def links(centroids, sigma_drm, r_s):
 
 def closure(centroids, sigma_drm, r_s):
     """The closure of all linking relations of centroids (T, d): everybody who is linked, through
-    others too, is one identity. Their numbers (T,). O(T r_s), however long links chain."""
-    heads = []
-    members = []
+    others too, is one identity. Their numbers (T,). One block's links are in memory at a time."""
+    identity = np.arange(len(centroids), dtype=np.int32)  # SciPy 1.11 takes no others
     for c, t, _ in links(centroids, sigma_drm, r_s):
-        # in the place of a block's links, one from each member of a component to its first
-        names, ends = np.unique([c, t], return_inverse=True)
-        i, j = ends.reshape(2, -1)
-        part = connected(i, j, len(names))
-        first = names[np.unique(part, return_index=True)[1]]
-        heads.append(first[part])
-        members.append(names)
-    return connected(np.concatenate(heads), np.concatenate(members), len(centroids))
-
-
-def connected(i, j, n):
-    """Numbers (n,) of the connected components of links i, j between 0..n-1."""
-    i, j = np.array([i, j], np.int32)  # connected_components of SciPy 1.11 takes no others
-    linked = csr_array((np.ones_like(i, bool), (i, j)), shape=(n, n))
-    return connected_components(linked, directed=False)[1]
+        # who is one identity already is one node of the graph of this block's links
+        n = identity.max() + 1
+        graph = csr_array((np.ones_like(c), (identity[c], identity[t])), shape=(n, n))
+        identity = connected_components(graph, directed=False)[1][identity]
+    return identity
 
 
 def cross_video(features, labels, frame, sigma_drm, r_s, closest_first=False):
@@ -300,7 +282,8 @@ def level_by_level(features, index, sigmas, r_s, paper=False, levels=3, without=
     additions = () if paper else set(ADDITIONS) - set(without)
     closest_first = "closest_first" in additions
     track = number_pairs(video, track)
-    order = np.lexsort((track, frame, video)).argsort()
+    sequence = np.lexsort((track, frame, video))
+    order = sequence.argsort()
     yield "tracklets", in_sequence(track, order)
     frame = number_pairs(video, frame)
     if "cannot_link" not in additions:
@@ -308,10 +291,9 @@ def level_by_level(features, index, sigmas, r_s, paper=False, levels=3, without=
         frame = order
     level1 = np.empty_like(track)
     level2 = np.empty_like(track)
-    # one video is in memory at a time, tracklet by tracklet; places there name its identities
-    by_tracklet = np.lexsort((frame, track))
-    for places in rows_of(video[by_tracklet]):
-        rows = by_tracklet[places]
+    # one video is in memory at a time; places in the sequence name its identities
+    for places in rows_of(video[sequence]):
+        rows = sequence[places]
         x = unit(features[rows])
         pieces = track[rows]
         if "cut" in additions:
@@ -392,7 +374,7 @@ def fit_space(features, video, track, center=True, whiten=True):
     among more, some would tell every tracklet from every other."""
     track = number_pairs(video, track)
     N, d = features.shape
-    mean = sums_by_label(features, np.zeros(N, np.int64))[0] / N
+    mean = sums_by_label(features, track).sum(0) / N
     space = Space(mean, 8.0 if center else np.inf, np.eye(d, dtype=np.float32))
     if not whiten:
         return space
@@ -407,7 +389,7 @@ def fit_space(features, video, track, center=True, whiten=True):
     rho = min(1.0, above / max(below, 1e-30))
     values -= rho * spread
     matrix = vectors / np.sqrt(np.maximum(values, 1e-9))
-    kept = min(d, 512, max(2, len(np.unique(track)) // 2))
+    kept = min(512, max(2, len(np.unique(track)) // 2))
     return space._replace(matrix=matrix[:, -kept:].astype(np.float32))
 
 
@@ -556,11 +538,9 @@ def calibrate(features, video, track, frame, r_s=1000):
     track = number_pairs(video, track)
     track = in_sequence(track, np.lexsort((track, frame, video)).argsort())
     sums = sums_by_label(features, track)
+    own = [distances(x, unit(sums[k] - x)) for k, x in labelled_parts(features, track)]
     several = np.bincount(track)[track] > 1
-    own = [np.empty(0)]
-    for k, x in labelled_parts(features, np.where(several, track, -1)):
-        own.append(distances(x, unit(sums[k] - x)))
-    own = np.concatenate(own)
+    own = np.concatenate(own)[several]
     between = distances_between_videos(unit(sums), video, track, r_s)
     near, wide = np.quantile(own, (0.5, 0.95)) if len(own) else (0.0, 0.0)
     far = np.median(between) if len(between) else 1.0
@@ -590,11 +570,11 @@ def half_of_links(between, median):
     nearer = np.arange(1, len(between) // 2 + 1)
     mirrored = 2 * median - between[: len(nearer)]
     strangers = len(between) - np.searchsorted(between, mirrored)
-    links = nearer - strangers
+    linked = nearer - strangers
     trusted = np.flatnonzero(strangers <= nearer / 4)
     if len(trusted) == 0:
         return 0.0
-    half = np.argmax(links >= links.max() / 2)
+    half = np.argmax(linked >= linked.max() / 2)
     return between[min(half, trusted[-1])]
 
 
@@ -716,9 +696,6 @@ def new_map(file, shape):
         with suppress(AttributeError), open(file, "r+b") as opened:
             os.posix_fallocate(opened.fileno(), 0, os.path.getsize(file))
     except OSError as error:
-        # file systems that cannot do it say so
-        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-            return features
         file.unlink(missing_ok=True)
         raise OSError(f"{file}: cannot take {size / 1e6:,.0f} MB: {error.strerror}") from None
     return features
@@ -750,11 +727,10 @@ def read_features(args, tracklets, out):
         dist.destroy_process_group()
         return features
     try:
-        features = np.load(args.features, mmap_mode="r")
+        features = np.lib.format.open_memmap(args.features, mode="r")
         if features.ndim != 2 or len(features) != len(tracklets) or features.dtype.kind != "f":
             raise ValueError(f"it has the shape {features.shape}, the type {features.dtype}")
-    # an .npz file is no array and has no shape
-    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except ValueError as error:
         expected = f"a .npy file of floats, a row for each of {len(tracklets):,} images"
         raise ValueError(f"{args.features}: expected {expected} of --index; {error}") from None
     return features if int(os.environ.get("RANK", 0)) == 0 else None
@@ -802,5 +778,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"denoise.py: {error}")

@@ -182,12 +182,11 @@ def adjust_hue(x, turn):
     hue /= chroma.clamp(min=1e-6)
     hue += 6 * turn[:, 0]
     hue -= 6 * (hue / 6).floor()
-    to_red = torch.minimum(hue, 6 - hue)
-    to_green = (hue - 2).abs()
-    to_blue = (hue - 4).abs()
     # a channel is largest up to one sector from its place, and smallest from two on
     channels = []
-    for distance in (to_red, to_green, to_blue):
+    for place in (0, 2, 4):
+        distance = (hue - place).abs()
+        distance = torch.minimum(distance, 6 - distance)
         drop = (distance - 1).clamp(0, 1)
         channels.append(value - chroma * drop)
     return torch.stack(channels, dim=1)
@@ -245,7 +244,7 @@ def identity_loss(
     """The mean (in the paper: the sum) of H(p of x, q of x') = -<p, log q> (eq. 8) over all ordered
     pairs i, j of images of an identity, both global views x of i and all views x' of j, but x' != x
     (eq. 9). H is linear in p, so with G_b the sum of p over both global views of all images of b's
-    identity
+    identity (below: `together`, of the sums `G` of each view)
         t_{v,b} = (G_b - [v < 2] p_{v,b}) / (2 B (K V - 1))
         loss = - sum_v sum_b <t_{v,b}, log q_{v,b}>.
     student: logits (V, B, D), the first two views global; teacher: (2, B, D); center: (D,). A batch

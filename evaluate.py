@@ -20,12 +20,12 @@ from scipy.io import loadmat
 from scipy.sparse import csr_array
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torchvision.utils import draw_bounding_boxes
 
 from data import (
     LARGEST,
     Images,
     Tracklets,
-    framed,
     load_batches,
     read_labels,
     read_tracklets,
@@ -56,7 +56,8 @@ def join_processes():
 @torch.no_grad()
 def extract(backbone, tracklets, size, device, workers=0, batch=256, out=None):
     """Features of all images, resized to `size` (height, width), of unit length: (N, embed_dim),
-    written into `out`, an array or a memory map, or into a new float32 array.
+    written into `out`, an array or a memory map, or into a new float32 array. Leaves the backbone
+    in eval mode.
 
     Under torch.distributed the processes share the images: the first one gathers the features and
     returns them, the others return None."""
@@ -118,11 +119,10 @@ def score(rows, query_ids, gallery_ids, query_cams, gallery_cams):
     query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
     query_cams, gallery_cams = np.asarray(query_cams), np.asarray(gallery_cams)
     ap = np.full(len(query_ids), np.nan)
-    inp = np.full(len(query_ids), np.nan)
+    inp = []
     first_ranks = []
     queries = zip(rows, query_ids, query_cams, strict=True)
     for q, (similarity, person, camera) in enumerate(queries):
-        similarity = np.asarray(similarity)
         if not np.isfinite(similarity).all():
             raise ValueError(f"similarities of query {q} are not finite")
         same = gallery_ids == person
@@ -134,14 +134,14 @@ def score(rows, query_ids, gallery_ids, query_cams, gallery_cams):
         hits = np.arange(1, len(right) + 1)
         ranks = hits + [np.count_nonzero(wrong >= s) for s in right]
         ap[q] = np.mean(hits / ranks)
-        inp[q] = len(right) / ranks[-1]
+        inp.append(len(right) / ranks[-1])
         first_ranks.append(ranks[0])
     if not first_ranks:
         raise ValueError(f"none of {len(ap)} queries has a match under another camera than its own")
     found = np.bincount(first_ranks, minlength=len(gallery_ids) + 1)[1:]
     return {
         "mAP": float(np.nanmean(ap)),
-        "mINP": float(np.nanmean(inp)),
+        "mINP": float(np.mean(inp)),
         "cmc": found.cumsum() / len(first_ranks),
         "queries": len(first_ranks),
         "ap": ap,
@@ -160,21 +160,16 @@ def reranked(query, gallery, k1=20, k2=6, lambda_value=0.3):
 
     They are the Jaccard distance between weighted sets of neighbours and, with the weight
     lambda_value, the distance 1 - cosine as a share of the query's largest (section 3.5)."""
-    sets, largest = neighbour_sets(torch.cat([unit(query), unit(gallery)]), k1, k2)
-    holders = sets[len(query) :].T.tocsr()  # (n, G): of each image, the gallery's sets with it
-    for q, similarity in enumerate(similarities(query, gallery)):
-        plain = (1 - similarity) / largest[q]
-        yield (1 - lambda_value) * jaccard(sets[[q]], holders) + lambda_value * plain
-
-
-def neighbour_sets(x, k1, k2):
-    """The set of neighbours of each of n = Q + G unit vectors, a row of a sparse matrix (n, n) of
-    weights that sum to 1; and each one's largest distance, (n,)."""
+    x = torch.cat([unit(query), unit(gallery)])  # (n, d), n = Q + G
     nearest, largest = nearest_neighbours(x, max(k1 + 1, k2))
     wide = k_reciprocal(nearest, k1)
     narrow = k_reciprocal(nearest, round(k1 / 2))
     sets = weigh(expand(wide, narrow), x.cpu().numpy(), largest)
-    return expand_queries(sets, nearest[:, :k2]), largest
+    sets = expand_queries(sets, nearest[:, :k2])
+    holders = sets[len(query) :].T.tocsr()  # (n, G): of each image, the gallery's sets with it
+    for q, similarity in enumerate(similarities(query, gallery)):
+        plain = (1 - similarity) / largest[q]
+        yield (1 - lambda_value) * jaccard(sets[[q]], holders) + lambda_value * plain
 
 
 def nearest_neighbours(x, k, block=1024):
@@ -223,21 +218,13 @@ def weigh(sets, x, largest):
         distance = (1 - x[members] @ x[p]) / largest[p]
         weight = np.exp(-distance)
         weights.append(weight / weight.sum())
-    return sparse_rows(columns, weights)
+    starts = np.cumsum([0] + [len(members) for members in columns])
+    return csr_array((np.concatenate(weights), np.concatenate(columns), starts))
 
 
 def expand_queries(sets, nearest):
     """Section 3.4: an image's set becomes the mean of those of its k2 nearest, itself included."""
-    share = np.full(nearest.shape, 1 / nearest.shape[1], np.float32)
-    return sparse_rows(nearest, share) @ sets
-
-
-def sparse_rows(columns, values):
-    """n rows of columns and of values there -> a sparse matrix (n, n)."""
-    n = len(columns)
-    starts = np.cumsum([0] + [len(row) for row in columns], dtype=np.int32)
-    columns = np.concatenate(columns).astype(np.int32)
-    return csr_array((np.concatenate(values), columns, starts), shape=(n, n))
+    return sum(sets[column] for column in nearest.T) / np.float32(nearest.shape[1])
 
 
 def jaccard(mine, holders):
@@ -412,7 +399,6 @@ def build_benchmark(root, query, gallery):
 # ---------------------------------------------------------------- figures and pictures
 def average(features, benchmark):
     """Features of images (N, d) -> the mean over each item's images, (items, d), of unit length."""
-    features = np.asarray(features)
     return unit(np.add.reduceat(features, benchmark.first, axis=0, dtype=np.float32))
 
 
@@ -442,6 +428,7 @@ def show_retrieval(file, benchmark, features, queries, size=(128, 64)):
     ids = benchmark.ids
     cams = benchmark.cams
     gallery = benchmark.gallery
+    edge = torch.tensor([[0, 0, size[1] - 1, size[0] - 1]])
     cells = []
     for q in queries:
         own = (ids[gallery] == ids[q]) & (cams[gallery] == cams[q])
@@ -449,11 +436,11 @@ def show_retrieval(file, benchmark, features, queries, size=(128, 64)):
         order = torch.argsort(features[allowed] @ features[q], descending=True)
         row = [q, *allowed[order[:10]]]
         for item in row:
-            colour = (0.1, 0.8, 0.1) if ids[item] == ids[q] else (0.9, 0.1, 0.1)
+            colour = "lime" if ids[item] == ids[q] else "red"
             if item == q:
-                colour = (1.0, 1.0, 1.0)
+                colour = "white"
             image, _ = images[benchmark.first[item]]
-            cells.append(framed(image / 255, colour))
+            cells.append(draw_bounding_boxes(image, edge, colors=colour, width=3) / 255)
     write_pictures(file, cells, len(row))
 
 

@@ -287,7 +287,7 @@ def volo_tokens(volo, x):
 
 def check_sizes(backbone, arch, sizes):
     """Raises ValueError where the backbone cannot take images of one of the sizes (H, W)."""
-    backbone = copy.deepcopy(backbone)  # its running statistics would see what follows
+    backbone = copy.deepcopy(backbone)  # whose running statistics stay as they are
     for size in sizes:
         try:
             with torch.no_grad():
@@ -325,7 +325,7 @@ def read_checkpoint(file):
         raise ValueError(f"{file}: cannot be read as weights, by torch.load: {kind}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file}: expected a dict of weights, got a {type(found).__name__}")
-    return {str(name): value for name, value in found.items()}
+    return found
 
 
 def write_checkpoint(file, content):
@@ -340,13 +340,12 @@ def write_checkpoint(file, content):
 def backbone_weights(checkpoint):
     """The state dict in a checkpoint, the teacher's if there is one, without prefixes of names."""
     keys = ("teacher", "model_ema", "state_dict_ema", "model", "state_dict")
-    inner = [checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)]
-    if inner:
-        return backbone_weights(inner[0])
+    for key in keys:
+        if isinstance(checkpoint.get(key), dict):
+            return backbone_weights(checkpoint[key])
     state = {}
     for name, value in checkpoint.items():
-        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
-        if plain and not value.is_quantized:
+        if isinstance(value, torch.Tensor):
             name = re.sub(r"^((module|backbone|base|model|_orig_mod|encoder_q)\.)+", "", str(name))
             state[name] = value
     return state
@@ -367,9 +366,9 @@ def vit_positions(file, positions):
 
 
 def match_weights(file, own, state):
-    """Those of a state that a network's own has in the same shape, in its type. Raises ValueError
-    where they are less than 90% of the network, for positions of another grid, and for numbers that
-    are not finite."""
+    """What of a state has the name and shape of one of a network's own, in its type. Raises
+    ValueError where that is less than 90% of the network, for positions of another grid, and for
+    numbers that are not finite."""
     matched = {}
     for name, mine in own.items():
         value = state.get(name, torch.empty(0))
@@ -452,15 +451,14 @@ def export(file, out, names="authors"):
     """Write the teacher's backbone of our checkpoint for other code: under the names of the
     authors' release, or plain ones. An existing file is not overwritten."""
     checkpoint = read_checkpoint(file)
-    teacher = checkpoint.get("teacher")
     settings = checkpoint.get("settings")
-    if not isinstance(teacher, dict) or not isinstance(settings, dict):
+    if not isinstance(settings, dict) or "step" not in checkpoint:
         raise ValueError(f"{file}: is not a checkpoint of train.py")
     settings = {name: settings[name] for name in ("arch", "size")}
     weights = {
         name.removeprefix("backbone."): value
-        for name, value in teacher.items()
-        if str(name).startswith("backbone.")
+        for name, value in checkpoint["teacher"].items()
+        if name.startswith("backbone.")
     }
     if names == "authors":
         # their networks with batch norms are wrapped in a module
@@ -488,8 +486,14 @@ def main():
         export(args.arch[1], args.out, args.names)
         return
     for arch in args.arch or ARCHITECTURES:
-        with torch.device("meta"):
-            network = build(arch)
+        try:
+            with torch.device("meta"):
+                network = build(arch)
+        except ValueError as error:
+            if args.arch:
+                raise
+            print(f"{arch:<24} {error}")  # the list goes on without timm
+            continue
         count = sum(p.numel() for p in network.parameters())
         print(f"{arch:<24} {count:>12,} {network.embed_dim:>6}")
 

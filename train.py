@@ -218,12 +218,12 @@ def parse_flags(argv):
     )
     for f in fields(Settings):
         options = {"help": f"{f.metadata['help']} [{f.default}]"}
-        if isinstance(f.default, bool):
+        if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["choices"] = f.metadata["choices"]
-            options["type"] = float if f.default is None else type(f.default)
-        if isinstance(f.default, tuple):
+            options["type"] = f.type
+        if f.type is tuple:
             options["type"] = type(f.default[0]) if f.default else str
             options["nargs"] = "+" if f.name in ANY_NUMBER else len(f.default)
         parser.add_argument(f"--{f.name}", **options)
@@ -242,8 +242,9 @@ def parse_settings(argv=None):
             given = {name: made[name] for name in kept} | given
     own_data = given.get("data") or given.get("finetune")
     recipe = given.get("recipe") or ("paper" if own_data else "demo")
-    s = Settings(recipe=recipe)
-    vars(s).update(RECIPES[recipe])
+    if recipe not in RECIPES:  # argparse has not seen a checkpoint's
+        raise ValueError(f"{given['weights']}: its recipe is {recipe}, not one of {[*RECIPES]}")
+    s = Settings(recipe=recipe, **RECIPES[recipe])
     if "finetune" in given:
         vars(s).update(FINETUNING if recipe == "paper" else SHORT_FINETUNING)
     for name, value in given.items():
@@ -268,8 +269,7 @@ def check_settings(s):
     for f in fields(Settings):
         low = f.metadata["low"]
         high = f.metadata["high"]
-        values = np.atleast_1d(getattr(s, f.name))
-        for value in values:
+        for value in np.atleast_1d(getattr(s, f.name)):
             # not (a and b), so that nan is refused too; no setting may be infinite
             if None not in (low, value) and not (low <= value <= high and value < math.inf):
                 raise ValueError(f"--{f.name} {value}: expected a number, {low} to {high}")
@@ -306,7 +306,7 @@ def data_folder(s):
 
 def cosine(step, total, start, end):
     """From `start` at step 0 to `end` at step `total`."""
-    return end + (start - end) * (1 + math.cos(math.pi * step / max(total, 1))) / 2
+    return end + (start - end) * (1 + math.cos(math.pi * step / total)) / 2
 
 
 def schedule(s, step, total):
@@ -423,7 +423,9 @@ def make_backbone(s, device):
     that is unknown or cannot take the views, and for weights that are not its own."""
     torch.manual_seed(s.seed)
     backbone = build(s.arch)
-    sizes = [s.size] if s.finetune else [s.size, s.local_size]
+    sizes = [s.size]
+    if s.local_crops and not s.finetune:
+        sizes.append(s.local_size)
     check_sizes(backbone, s.arch, sizes)
     million = sum(p.numel() for p in backbone.parameters()) / 1e6
     processes = f"{dist.get_world_size()} x {device.type}"
@@ -459,10 +461,9 @@ def make_optimizer(student):
 
 def make_sgd(network):
     """The optimizer of fine-tuning: all weights, then all biases, which learn at twice the rate."""
-    weights = []
-    biases = []
-    for name, parameter in network.named_parameters():
-        (biases if name.endswith("bias") else weights).append(parameter)
+    named = list(network.named_parameters())
+    weights = [parameter for name, parameter in named if not name.endswith("bias")]
+    biases = [parameter for name, parameter in named if name.endswith("bias")]
     groups = [{"params": weights}, {"params": biases}]
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=1e-4)
 
@@ -476,7 +477,10 @@ def save(state, s):
                 f"the student is not finite by step {state.step}; {s.folder}/last.pt is the last "
                 f"good state. Try a lower --lr (now {s.lr}) under another --name"
             )
-    average_buffers(state.teacher)
+    # each process gathers batch-norm statistics from its own images: their mean counts
+    for buffer in state.teacher.buffers():
+        if buffer.is_floating_point():
+            all_mean(buffer)
     if dist.get_rank() == 0:
         checkpoint = vars(state) | {"settings": asdict(s)}
         for name in ("student", "teacher", "optimizer"):
@@ -485,9 +489,11 @@ def save(state, s):
     dist.barrier(group=waiting_group())
 
 
-def resume(state, s):
-    """Go on from last.pt, if it is there. Raises ValueError where it was made with other settings
-    or images, is damaged, or is not there for every process, and where others' files are."""
+def start(state, s, benchmark):
+    """Go on from last.pt or, where no step was made, measure what the run begins with. Raises
+    ValueError where last.pt was made with other settings or images, is damaged, or is not there for
+    every process, and where others' files are."""
+    s.folder.mkdir(parents=True, exist_ok=True)
     file = s.folder / "last.pt"
     if file.exists():
         found = read_checkpoint(file)
@@ -518,6 +524,9 @@ def resume(state, s):
     step = torch.tensor(state.step, dtype=torch.float64, device=state.center.device)
     if all_mean(step) != state.step:
         raise ValueError(f"{s.folder}: expected a file system that all processes share")
+    if state.step == 0:
+        save(state, s)  # from now on the folder is this run's
+        measure(s, state, benchmark, "weights" if s.weights else "random")
 
 
 def save_where_due(state, s, steps):
@@ -532,17 +541,9 @@ def save_where_due(state, s, steps):
 
 def asked_to_stop():
     """Whether a signal has reached any process; on the CPU, so that no device waits."""
-    asked = torch.tensor(float(len(signals) > 0))
+    asked = torch.tensor(len(signals))
     dist.all_reduce(asked, group=waiting_group())
     return bool(asked)
-
-
-def average_buffers(teacher):
-    """The teacher's batch-norm statistics, which each process gathers from its own images: their
-    mean over processes."""
-    for buffer in teacher.buffers():
-        if buffer.is_floating_point():
-            all_mean(buffer)
 
 
 # ---------------------------------------------------------------- training
@@ -766,28 +767,26 @@ def fingerprint(tracklets, labels, benchmark):
 
 
 def measure(s, state, benchmark, stage):
-    """Retrieval on the held-out split, once for each stage, and a picture of it."""
+    """Retrieval on the held-out split, once for each stage, and a picture of it; after `save`."""
     if benchmark is None or stage in state.results:
         return
-    average_buffers(state.teacher)
     device = state.center.device
     features = extract(state.teacher.backbone, benchmark.images, s.size, device, s.workers)
     state.results[stage] = None
     if dist.get_rank() == 0:
         result = evaluate_features(features, benchmark)
-        ap = result.pop("ap")
+        del result["ap"]
         state.results[stage] = result
         say("evaluate", f"{stage:<9} mAP {result['mAP']:5.1%}   R1 {result['R1']:5.1%}")
         log(s, "evaluate", stage=stage, step=state.step, **result)
-        evenly = np.linspace(0, len(ap) - 1, 12).astype(int)
-        queries = benchmark.query[np.unique(evenly)]
+        queries = benchmark.query[:: len(benchmark.query) // 12 + 1]
         show_retrieval(s.folder / "retrieval.jpg", benchmark, features, queries)
     dist.barrier(group=waiting_group())
 
 
 def find_identities(s, state, tracklets, truth):
-    """Denoise with the teacher's features: state.labels, on every process, and identities.json."""
-    average_buffers(state.teacher)
+    """Denoise with the teacher's features: state.labels, on every process, and identities.json.
+    After `save`."""
     backbone = state.teacher.backbone
     device = state.center.device
     file = s.folder / ".features.npy"
@@ -810,23 +809,12 @@ def find_identities(s, state, tracklets, truth):
 def show_views(s, tracklets):
     """crops.jpg: eight images, a column each, and below them what networks are shown of them."""
     rows = np.linspace(0, len(tracklets) - 1, 8).astype(int)
-    pictures = data.Images(tracklets, s.size)
-    images = torch.stack([pictures[i][0] for i in rows])
+    images = next(data.load_batches(tracklets, [rows], s.size))
     views = make_views(images, view_kinds(s), generator_of(s.seed, 0))
-    sheet = [normalize(images / 255)]
-    for view in views:
-        sheet.append(F.interpolate(view, s.size))
-    sheet = torch.cat(sheet)
+    shown = [normalize(images / 255), *views]
+    sheet = torch.cat([F.interpolate(view, s.size) for view in shown])
     sheet = (sheet - sheet.min()) / (sheet.max() - sheet.min())
     data.write_pictures(s.folder / "crops.jpg", sheet, len(rows))
-
-
-def begin(state, s, tracklets, benchmark):
-    """What a run does before its first step."""
-    save(state, s)  # from now on the folder is this run's
-    measure(s, state, benchmark, "weights" if s.weights else "random")
-    if dist.get_rank() == 0:
-        show_views(s, tracklets)
 
 
 def pretrain(s, device):
@@ -834,14 +822,12 @@ def pretrain(s, device):
     student, teacher = make_networks(s, device)
     tracklets, labels, truth, benchmark = read_inputs(s)
 
-    # what the run's folder holds already
-    s.folder.mkdir(parents=True, exist_ok=True)
     center = torch.zeros(s.prototypes, device=device)
     images = fingerprint(tracklets, labels, benchmark)
     state = State(student, teacher, make_optimizer(student), center, images)
-    resume(state, s)
-    if state.step == 0:
-        begin(state, s, tracklets, benchmark)
+    start(state, s, benchmark)
+    if state.step == 0 and dist.get_rank() == 0:
+        show_views(s, tracklets)
 
     network = DistributedDataParallel(student)
     Ks, finds = plan_epochs(s)
@@ -872,14 +858,10 @@ def finetune(s, device):
     if s.compile:
         network.backbone.compile(dynamic=False)
 
-    s.folder.mkdir(parents=True, exist_ok=True)
     images = fingerprint(tracklets, labels, benchmark)
     no_center = torch.zeros(0, device=device)
     state = State(network, network, make_sgd(network), no_center, images)
-    resume(state, s)
-    if state.step == 0:
-        save(state, s)  # from now on the folder is this run's
-        measure(s, state, benchmark, "weights" if s.weights else "random")
+    start(state, s, benchmark)
 
     network = DistributedDataParallel(network)
     steps = s.epoch_steps or max(1, (labels >= 0).sum() // s.batch)

@@ -10,7 +10,6 @@ from torch.multiprocessing import start_processes
 from torch.testing import assert_close
 
 import distill
-import model
 
 
 def seeded(seed):

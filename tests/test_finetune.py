@@ -225,6 +225,9 @@ def test_network_size_and_recipe_are_the_checkpoints_unless_given(pretrained, tm
     assert (s.arch, s.size, s.recipe) == ("r10ibn", (64, 32), "paper")
     s = train.parse_settings([*start, "--arch", "r50ibn", "--recipe", "paper"])
     assert (s.arch, s.size, s.recipe, s.batch) == ("r50ibn", (64, 32), "paper", 512)
+    torch.save({"settings": {"recipe": "none"}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt: its recipe is none, not one of"):
+        train.parse_settings(["--finetune", "X", "--weights", str(tmp_path / "other.pt")])
 
 
 def test_so_many_people_have_labels(few, finetune, given_to):

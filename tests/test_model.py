@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import re
+import sys
 import warnings
 
 import pytest
@@ -339,7 +340,7 @@ def test_positions_are_resized_as_a_picture(tmp_path, height, width):
     with warnings.catch_warnings(record=True) as record:
         model.load_weights(vit, tmp_path / "vit.pth")
     # 256x192 images have as many tokens as 384x128
-    said = [str(w.message) for w in record if "positions" in str(w.message)]
+    said = [str(w.message) for w in record if "position embeddings" in str(w.message)]
     assert len(said) == (height * width == 192)
     first, rest = vit.pos_embed[0].split([1, 128])
     want = (torch.arange(8) + 0.5) / 8
@@ -417,14 +418,15 @@ def test_exported_weights_give_the_same_features(tmp_path, monkeypatch, arch, pr
     teacher = renamed("backbone.", backbone.state_dict())
     teacher["head.last_layer.weight"] = torch.ones(1)
     settings = {"arch": arch, "size": (64, 32), "lr": 1}
-    torch.save({"teacher": teacher, "student": {}, "settings": settings}, "last.pt")
+    torch.save({"teacher": teacher, "step": 1, "settings": settings}, "last.pt")
     for command in ("export last.pt --out a.pth", "export last.pt --out b.pth --names plain"):
         monkeypatch.setattr("sys.argv", ["model.py", *command.split()])
         model.main()
     with pytest.raises(ValueError, match="b.pth: exists already"):
         model.main()
-    with pytest.raises(ValueError, match="b.pth: is not a checkpoint of train.py"):
-        model.export("b.pth", "c.pth")
+    for exported in ("a.pth", "b.pth"):
+        with pytest.raises(ValueError, match=f"{exported}: is not a checkpoint of train.py"):
+            model.export(exported, "c.pth")
     assert sorted(os.listdir()) == ["a.pth", "b.pth", "last.pt"]
 
     names = renamed(f"{prefix}backbone.", backbone.state_dict())
@@ -455,3 +457,10 @@ def test_the_table_is_printed(monkeypatch, capsys):
     model.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows == TABLE[:2] and [row[0] for row in TABLE] == model.ARCHITECTURES
+    # all are listed without timm, too
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setattr("sys.argv", ["model.py"])
+    model.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == model.ARCHITECTURES
+    assert lines[-1].endswith("needs timm; pip install timm")
