@@ -614,8 +614,9 @@ def link_split(folder, files, person, video, track, frame):
 
 
 def join_tracklets(video, track, frame, share, random):
-    """Tracklets (N,), 0 to T - 1. In the order of time the first and the second, the third and the
-    fourth, ... of a video become one with a probability of `share`."""
+    """Tracklets (N,), some joined. track: 0 to T - 1. By video and time, the first and the second,
+    the third and the fourth, ... are pairs; one within a video becomes one tracklet with a
+    probability of `share`."""
     first = np.unique(track, return_index=True)[1]
     in_time = np.lexsort((frame[first], video[first]))
     union = np.arange(len(first))

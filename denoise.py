@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from scipy.sparse import csr_array, triu
 from scipy.sparse.csgraph import connected_components
@@ -109,10 +108,11 @@ def labelled_parts(features, labels):
 
 def sums_by_label(features, labels):
     """Sums (n, d) of the unit features of labels 0..n-1, by one pass over features (N, d)."""
-    sums = torch.zeros(labels.max() + 1, features.shape[1])
+    sums = np.zeros((labels.max() + 1, features.shape[1]), np.float32)
     for k, x in labelled_parts(features, labels):
-        sums.index_add_(0, torch.from_numpy(k), torch.from_numpy(x))
-    return sums.numpy()
+        for name, rows in zip(np.unique(k), rows_of(k)):
+            sums[name] += x[rows].sum(0)
+    return sums
 
 
 def centroids_of(features, labels):
@@ -178,6 +178,7 @@ def single_video(features, labels, track, frame, sigma_cst, sigma_drm, closest_f
     centroids, now with what was reallocated, are closer than sigma_drm, all that are linked
     becoming one (eq. 6). Labels (n,), 0.. or -1. frame and closest_first: see `cross_video`."""
     labels = reallocate(features, labels, track, sigma_cst, frame)
+    # of the numbers 0..n-1: those of tracklets may be as large as all videos are long
     labels = in_sequence(dense(labels), np.arange(len(labels)))
     # every tracklet is in the range of every other
     r_s = max(1, labels.max())
@@ -207,7 +208,8 @@ def links(centroids, sigma_drm, r_s):
 
 def closure(centroids, sigma_drm, r_s):
     """The closure of all linking relations of centroids (T, d): everybody who is linked, through
-    others too, is one identity. Their numbers (T,). One block's links are in memory at a time."""
+    others too, is one identity. Their numbers (T,). Links cost O(T r_s), joining a block's O(T),
+    milliseconds; one block's are in memory at a time."""
     identity = np.arange(len(centroids), dtype=np.int32)  # SciPy 1.11 takes no others
     for c, t, _ in links(centroids, sigma_drm, r_s):
         # who is one identity already is one node of the graph of this block's links
@@ -374,7 +376,7 @@ def fit_space(features, video, track, center=True, whiten=True):
     among more, some would tell every tracklet from every other."""
     track = number_pairs(video, track)
     N, d = features.shape
-    mean = sums_by_label(features, track).sum(0) / N
+    mean = sum(unit(features[part]).sum(0) for part in parts(N)) / N
     space = Space(mean, 8.0 if center else np.inf, np.eye(d, dtype=np.float32))
     if not whiten:
         return space

@@ -123,6 +123,7 @@ def score(rows, query_ids, gallery_ids, query_cams, gallery_cams):
     first_ranks = []
     queries = zip(rows, query_ids, query_cams, strict=True)
     for q, (similarity, person, camera) in enumerate(queries):
+        similarity = np.asarray(similarity)
         if not np.isfinite(similarity).all():
             raise ValueError(f"similarities of query {q} are not finite")
         same = gallery_ids == person
@@ -160,16 +161,21 @@ def reranked(query, gallery, k1=20, k2=6, lambda_value=0.3):
 
     They are the Jaccard distance between weighted sets of neighbours and, with the weight
     lambda_value, the distance 1 - cosine as a share of the query's largest (section 3.5)."""
-    x = torch.cat([unit(query), unit(gallery)])  # (n, d), n = Q + G
-    nearest, largest = nearest_neighbours(x, max(k1 + 1, k2))
-    wide = k_reciprocal(nearest, k1)
-    narrow = k_reciprocal(nearest, round(k1 / 2))
-    sets = weigh(expand(wide, narrow), x.cpu().numpy(), largest)
-    sets = expand_queries(sets, nearest[:, :k2])
+    sets, largest = neighbour_sets(torch.cat([unit(query), unit(gallery)]), k1, k2)
     holders = sets[len(query) :].T.tocsr()  # (n, G): of each image, the gallery's sets with it
     for q, similarity in enumerate(similarities(query, gallery)):
         plain = (1 - similarity) / largest[q]
         yield (1 - lambda_value) * jaccard(sets[[q]], holders) + lambda_value * plain
+
+
+def neighbour_sets(x, k1, k2):
+    """The set of neighbours of each of n = Q + G unit vectors, a row of a sparse matrix (n, n) of
+    weights that sum to 1; and each one's largest distance, (n,)."""
+    nearest, largest = nearest_neighbours(x, max(k1 + 1, k2))
+    wide = k_reciprocal(nearest, k1)
+    narrow = k_reciprocal(nearest, round(k1 / 2))
+    sets = weigh(expand(wide, narrow), x.cpu().numpy(), largest)
+    return expand_queries(sets, nearest[:, :k2]), largest
 
 
 def nearest_neighbours(x, k, block=1024):
@@ -218,13 +224,14 @@ def weigh(sets, x, largest):
         distance = (1 - x[members] @ x[p]) / largest[p]
         weight = np.exp(-distance)
         weights.append(weight / weight.sum())
-    starts = np.cumsum([0] + [len(members) for members in columns])
-    return csr_array((np.concatenate(weights), np.concatenate(columns), starts))
+    starts = np.cumsum([0] + [len(members) for members in columns], dtype=np.int32)
+    columns = np.concatenate(columns).astype(np.int32)
+    return csr_array((np.concatenate(weights), columns, starts))
 
 
 def expand_queries(sets, nearest):
     """Section 3.4: an image's set becomes the mean of those of its k2 nearest, itself included."""
-    return sum(sets[column] for column in nearest.T) / np.float32(nearest.shape[1])
+    return sum(sets[column] for column in nearest.T) * np.float32(1 / nearest.shape[1])
 
 
 def jaccard(mine, holders):

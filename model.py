@@ -287,7 +287,7 @@ def volo_tokens(volo, x):
 
 def check_sizes(backbone, arch, sizes):
     """Raises ValueError where the backbone cannot take images of one of the sizes (H, W)."""
-    backbone = copy.deepcopy(backbone)  # whose running statistics stay as they are
+    backbone = copy.deepcopy(backbone)  # for its running statistics will change
     for size in sizes:
         try:
             with torch.no_grad():
@@ -345,7 +345,7 @@ def backbone_weights(checkpoint):
             return backbone_weights(checkpoint[key])
     state = {}
     for name, value in checkpoint.items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
             name = re.sub(r"^((module|backbone|base|model|_orig_mod|encoder_q)\.)+", "", str(name))
             state[name] = value
     return state
@@ -451,10 +451,9 @@ def export(file, out, names="authors"):
     """Write the teacher's backbone of our checkpoint for other code: under the names of the
     authors' release, or plain ones. An existing file is not overwritten."""
     checkpoint = read_checkpoint(file)
-    settings = checkpoint.get("settings")
-    if not isinstance(settings, dict) or "step" not in checkpoint:
+    if not {"settings", "step", "teacher"} <= checkpoint.keys():
         raise ValueError(f"{file}: is not a checkpoint of train.py")
-    settings = {name: settings[name] for name in ("arch", "size")}
+    settings = {name: checkpoint["settings"][name] for name in ("arch", "size")}
     weights = {
         name.removeprefix("backbone."): value
         for name, value in checkpoint["teacher"].items()

@@ -767,7 +767,8 @@ def fingerprint(tracklets, labels, benchmark):
 
 
 def measure(s, state, benchmark, stage):
-    """Retrieval on the held-out split, once for each stage, and a picture of it; after `save`."""
+    """Retrieval on the held-out split, once for each stage, and a picture of it. Call it after
+    `save`, which makes the batch-norm statistics of all processes their mean."""
     if benchmark is None or stage in state.results:
         return
     device = state.center.device
@@ -779,14 +780,14 @@ def measure(s, state, benchmark, stage):
         state.results[stage] = result
         say("evaluate", f"{stage:<9} mAP {result['mAP']:5.1%}   R1 {result['R1']:5.1%}")
         log(s, "evaluate", stage=stage, step=state.step, **result)
-        queries = benchmark.query[:: len(benchmark.query) // 12 + 1]
+        queries = benchmark.query[:: len(benchmark.query) // 12 + 1]  # 12 at most
         show_retrieval(s.folder / "retrieval.jpg", benchmark, features, queries)
     dist.barrier(group=waiting_group())
 
 
 def find_identities(s, state, tracklets, truth):
     """Denoise with the teacher's features: state.labels, on every process, and identities.json.
-    After `save`."""
+    Call it after `save`, as `measure`."""
     backbone = state.teacher.backbone
     device = state.center.device
     file = s.folder / ".features.npy"

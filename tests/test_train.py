@@ -443,3 +443,11 @@ def test_the_readmes_commands_can_split_their_batches(monkeypatch):
         processes = re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", launcher)
         monkeypatch.setenv("WORLD_SIZE", str(math.prod(map(int, processes))))
         train.parse_settings(flags.split())
+
+
+def test_only_sizes_of_views_that_are_made_are_tried(one_process, given_to):
+    tried = given_to(train, "check_sizes")
+    for flags in ("--local_crops 2", "--local_crops 0", "--local_crops 2 --finetune X"):
+        s = train.parse_settings([*"--arch r10ibn --size 64 32".split(), *flags.split()])
+        train.make_backbone(s, torch.device("cpu"))
+    assert [sizes for _, _, sizes in tried] == [[(64, 32), (32, 16)], [(64, 32)], [(64, 32)]]
