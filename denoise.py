@@ -57,7 +57,7 @@ class Noise(NamedTuple):
 def noise(features, labels, sigma_cst, sigma_drm, r_s=None):
     """n_S = (1 / M) (sum_k n_k^cst + sum_i sum_{j != i} n_ij^drm) of M identities (eq. 3).
 
-    n_k^cst is 1 where r_k > sigma_cst (eq. 1; equal is up to TIE), n_ij^drm where
+    n_k^cst is 1 where r_k > sigma_cst (eq. 1; what differs by TIE is equal), n_ij^drm where
     dist(c_i, c_j) < sigma_drm (eq. 2).
     features (N, d) of any length; labels (N,), -1 for images in no identity. All pairs are compared
     or, given r_s, identities at most r_s apart in the order of their numbers, as level 3 does."""
@@ -178,7 +178,7 @@ def single_video(features, labels, track, frame, sigma_cst, sigma_drm, closest_f
     centroids, now with what was reallocated, are closer than sigma_drm, all that are linked
     becoming one (eq. 6). Labels (n,), 0.. or -1. frame and closest_first: see `cross_video`."""
     labels = reallocate(features, labels, track, sigma_cst, frame)
-    # of the numbers 0..n-1: those of tracklets may be as large as all videos are long
+    # dense first: in_sequence keeps a place for every number up to the largest
     labels = in_sequence(dense(labels), np.arange(len(labels)))
     # every tracklet is in the range of every other
     r_s = max(1, labels.max())
