@@ -753,7 +753,7 @@ def draw_split(folder, seed, people, videos, frames, noise, switches):
     for part in np.split(boxes, range(32, len(boxes), 32)):
         images = draw_boxes(random, looks, cameras, part)
         for box, image in zip(part, torch.from_numpy(images)):
-            file = folder / "video_{:03d}/{:06d}_{:07d}_00.jpg".format(*box)
+            file = folder / "video_{:06d}/{:06d}_{:07d}_00.jpg".format(*box)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_image(file, image, 90)
     boxes.sort(order=["video", "track", "frame"])

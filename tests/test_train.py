@@ -216,7 +216,7 @@ def test_images_that_were_renamed_are_noticed(run, few, tmp_path):
     truth.write_text(truth.read_text().replace('"id": 2}', '"id": 1}'))
     with pytest.raises(ValueError, match="images of other names, number or labels"):
         run(*true)
-    (copy / "train" / "video_000").rename(copy / "train" / "video_999")
+    (copy / "train" / "video_000000").rename(copy / "train" / "video_000999")
     truth.unlink()
     with pytest.raises(ValueError, match="images of other names, number or labels"):
         run("--data", copy, "--epochs", 0, 0)
