@@ -43,7 +43,8 @@ LARGEST = 2**63 - 1  # the largest number that an array of int64 holds
 # ---------------------------------------------------------------- the index
 @dataclass(eq=False)
 class Tracklets:
-    """N images of T tracklets in V videos, sorted by (video, track, frame, detection)."""
+    """N images of T tracklets in V videos. `read_tracklets` sorts them by video, track, frame and
+    detection."""
 
     root: Path
     folders: list  # of the V videos, relative to the root
@@ -126,6 +127,8 @@ def find_splits(root):
     test = root / "test"
     if train.is_dir() and test.is_dir():
         return train, test if (root / "test.json").exists() else None
+    if (root / "test.json").exists():
+        raise ValueError(f"{root}: test.json holds people out, but train/ or test/ is missing")
     held_out = sorted(root.glob("*/test.json"))
     if held_out:
         raise ValueError(f"{root}: {held_out[0]} holds people out; give {held_out[0].parent}")
@@ -156,8 +159,9 @@ def write_labels(file, tracklets, labels):
     rows = np.flatnonzero(labels >= 0)
     rows = rows[np.argsort(labels[rows], kind="stable")]
     ids = np.unique(labels[rows], return_inverse=True)[1] + 1
-    separator = "[\n"
+    separator = "\n"
     with whole_file(file) as out:
+        out.write(b"[")
         for row, identity in zip(rows, ids.tolist()):
             entry = {"file_path": tracklets.path(row), "id": identity}
             out.write((separator + json.dumps(entry)).encode())
@@ -325,8 +329,8 @@ def sample_identities(labels, K, batch, seed, epoch, steps, video=None):
     A pass shuffles the images of each identity and deals them into groups of K: what is left over
     waits for another pass, an identity with fewer repeats them. Groups are shuffled into batches.
     `steps` may ask for more than one pass. With video (N,) a group is of different videos, as far
-    as its identity has been seen in them, and groups of one video are left out, unless too few
-    others are there to fill a batch. Process r of w takes columns r * batch / w to
+    as its identity has been seen in them, and groups of one video are left out, unless the others
+    hold less than a batch or a tenth of the images. Process r of w takes columns r * batch / w to
     (r + 1) * batch / w: their union is the same for any w. Raises ValueError if K does not divide
     the batch, or if all groups together do not fill one."""
     if batch % K:
@@ -349,7 +353,7 @@ def sample_identities(labels, K, batch, seed, epoch, steps, video=None):
             groups.append(np.resize(own, (K, count)).T)
         groups = random.permutation(np.concatenate(groups))
         across = (video[groups] != video[groups[:, :1]]).any(1)
-        if across.sum() * K >= batch:
+        if across.sum() * K >= max(batch, len(images) / 10):
             groups = groups[across]
         full = len(groups) * K // batch
         if full == 0:
@@ -588,7 +592,8 @@ def cut_benchmark(root, layout, out, held=251, seed=0, swap=0.0):
     if not 0 < held < len(people):
         raise ValueError(f"{root}: has {len(people)} people, of whom {held} cannot be held out")
     test = np.isin(person, random.permutation(people)[:held])
-    joined = join_tracklets(video, track, frame, swap, random)
+    joined = track.copy()
+    joined[~test] = join_tracklets(video[~test], track[~test], frame[~test], swap, random)
     cameras = np.char.mod("camera_%02d", camera)
     with whole_folder(out) as beside:
         for split, rows, videos, tracks in (
@@ -614,10 +619,9 @@ def link_split(folder, files, person, video, track, frame):
 
 
 def join_tracklets(video, track, frame, share, random):
-    """Tracklets (N,), some joined. track: 0 to T - 1. By video and time, the first and the second,
-    the third and the fourth, ... are pairs; one within a video becomes one tracklet with a
-    probability of `share`."""
-    first = np.unique(track, return_index=True)[1]
+    """Tracklets (N,), some joined. By video and time, the first and the second, the third and the
+    fourth, ... are pairs; one within a video becomes one tracklet with a probability of `share`."""
+    _, first, track = np.unique(track, return_index=True, return_inverse=True)
     in_time = np.lexsort((frame[first], video[first]))
     union = np.arange(len(first))
     for a, b in zip(in_time[::2], in_time[1::2]):
@@ -677,9 +681,17 @@ def market(root):
     return files, person, camera, video, track, time
 
 
+def shuffled(track):
+    """Numbers in a video of images (N,) whose times are not known, each its own: tracklets come in
+    random order, for that of the files' names would be by person, which denoising must not see."""
+    place = np.random.default_rng(0).permutation(track.max() + 1)
+    return np.argsort(place[track], kind="stable").argsort()
+
+
 def msmt17(root):
     """MSMT17's training images, 0000_000_01_0303morning_0015_0.jpg: person 0, image 0, camera 1, a
-    date and a time of day, tracklet 15. These are a video; its frames are not known."""
+    date and a time of day, tracklet 15. A video is a camera at a date and time of day; the order
+    within it is not known."""
     folder = "mask_train_v2" if (root / "mask_train_v2").exists() else "train"
     pattern = r"(\d{1,18})_(\d+)_(\d{1,18})_(\d{4})(morning|noon|afternoon)_(\d{1,18})_.*"
     files, names = read_names(root / folder, pattern)
@@ -689,17 +701,17 @@ def msmt17(root):
     places = zip(date, hour, camera)
     video = np.array(["date_%04d/part_%d/camera_%02d" % place for place in places])
     track = number_columns(person, camera, date, hour, tracklet)
-    return files, person, camera, video, track, np.arange(len(files))
+    return files, person, camera, video, track, shuffled(track)
 
 
 def mars(root):
     """MARS' bbox_train, 0001C1T0001F001.jpg: person 1, camera 1, tracklet 1 of theirs, image 1. A
-    video is a camera; its frames are not known."""
+    video is a camera; the order within it is not known."""
     files, names = read_names(root / "bbox_train", r"(\d{1,18})C(\d)T(\d{1,18})F(\d+)")
     person, camera, tracklet = np.array(names)[:, :3].astype(int).T
     video = np.char.mod("camera_%d", camera)
     track = number_columns(person, camera, tracklet)
-    return files, person, camera, video, track, np.arange(len(files))
+    return files, person, camera, video, track, shuffled(track)
 
 
 def read_training(root):

@@ -289,11 +289,12 @@ def level_by_level(features, index, sigmas, r_s, paper=False, levels=3, without=
     yield "tracklets", in_sequence(track, order)
     frame = number_pairs(video, frame)
     if "cannot_link" not in additions:
-        # everybody is alone in a frame; the order of time stays
-        frame = order
+        # everybody is alone in a frame
+        frame = np.arange(len(frame))
     level1 = np.empty_like(track)
     level2 = np.empty_like(track)
-    # one video is in memory at a time; places in the sequence name its identities
+    # One video is in memory at a time. Its identities need numbers that no other video has: of the
+    # places of its images in the sequence there are enough.
     for places in rows_of(video[sequence]):
         rows = sequence[places]
         x = unit(features[rows])
@@ -469,8 +470,8 @@ def merge_closest_first(centroids, sigma_drm, r_s, apart, nearness=0.2):
     How far two identities are is the mean over the pairs of their tracklets, which the sums of
     centroids (T, d) give, plus nearness times the places between them, as a share of r_s. A union
     has the links of its parts. Those `apart` (2, pairs), and unions with them, never join. All who
-    are each other's closest join at once, which takes a dozen rounds for any T. With everybody in
-    range and no nearness that is the same as one pair after the other (Bruynooghe, 1977)."""
+    are each other's closest join at once, which takes some twenty rounds as a rule. With everybody
+    in range and no nearness that is the same as one pair after the other (Bruynooghe, 1977)."""
     T = len(centroids)
     identity = np.arange(T)
     sums = centroids.copy()
@@ -512,11 +513,14 @@ def nearest_links(centroids, sigma_drm, r_s, most=10):
 
 def mutually_closest(i, j, distance):
     """Of pairs (i, j), those in which each is the other's closest; of equals the first counts."""
-    ends = np.stack([i, j], axis=1)[np.argsort(distance, kind="stable")]
-    # the closest pair of each is that in which it comes first: number n holds places 2n, 2n + 1.
-    # A pair that is chosen by both of its ends is mutual
-    closest = np.unique(ends, return_index=True)[1] // 2
-    return ends[np.flatnonzero(np.bincount(closest) == 2)].T
+    i, j = np.stack([i, j])[:, np.argsort(distance, kind="stable")]
+    pair = np.arange(len(i))
+    # of all pairs that somebody is in the first is the closest
+    closest = np.full(j.max(initial=0) + 1, len(i))
+    np.minimum.at(closest, i, pair)
+    np.minimum.at(closest, j, pair)
+    mutual = (closest[i] == pair) & (closest[j] == pair)
+    return i[mutual], j[mutual]
 
 
 def rename(pairs, union):
@@ -566,8 +570,8 @@ def distances_between_videos(centroids, video, track, r_s):
 
 def half_of_links(between, median):
     """The distance within which half of all links lie. `between`: sorted distances of tracklets,
-    most of whom are strangers. Strangers are nearer than the median m by x as often as farther by
-    x. So within m - x are as many strangers as lie beyond m + x, and the others are links. Only
+    most of whom are strangers, whose distances lie symmetrically around the median m. So there are
+    as many strangers within m - x as pairs beyond m + x; what is more within m - x are links. Only
     distances within which a quarter at most are strangers are trusted; 0 if there are none."""
     nearer = np.arange(1, len(between) // 2 + 1)
     mirrored = 2 * median - between[: len(nearer)]
@@ -707,13 +711,15 @@ def extract_features(backbone, tracklets, size, device, workers, file):
     """Features (N, d) of all images, float16, memory-mapped from a file that appears when it is
     whole: those of ten million images are 40 GB. Processes share the work; None on all but the
     first."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return extract(backbone, tracklets, size, device, workers)
     hidden = file.with_name("." + file.name)
-    features = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        features = new_map(hidden, (len(tracklets), backbone.embed_dim))
-    extract(backbone, tracklets, size, device, workers, out=features)
-    if features is not None:
+    features = new_map(hidden, (len(tracklets), backbone.embed_dim))
+    try:
+        extract(backbone, tracklets, size, device, workers, out=features)
         os.replace(hidden, file)
+    finally:
+        hidden.unlink(missing_ok=True)
     return features
 
 

@@ -374,19 +374,19 @@ signals = []  # that came while steps are made
 
 
 def note_signal(number, frame):
-    """What Ctrl-C and SIGTERM do while steps are made: the run ends after the step."""
+    """Ctrl-C or SIGTERM while steps are made: the run ends after this one, see `save_where_due`."""
     signals.append(number)
 
 
 def leave(number=signal.SIGTERM, frame=None):
-    """What they do at other times. The exit status is that of a process that a signal ended."""
+    """Ctrl-C or SIGTERM at other times: the run ends at once, with 128 + the signal's number."""
     say("stopped", "the same command goes on from the last checkpoint")
     sys.exit(128 + (signals or [number])[0])
 
 
 @contextmanager
 def stopping_after_a_step():
-    """Within this, where steps are made, a signal ends the run after a step; then at once."""
+    """Within this, signals wait for the end of a step; after it they end the run at once."""
     on_signals(note_signal)
     yield
     if asked_to_stop():
@@ -477,7 +477,8 @@ def save(state, s):
                 f"the student is not finite by step {state.step}; {s.folder}/last.pt is the last "
                 f"good state. Try a lower --lr (now {s.lr}) under another --name"
             )
-    # each process gathers batch-norm statistics from its own images: their mean counts
+    # Each process gathers batch-norm statistics from its own images: their mean counts. (Where the
+    # student is its own teacher, DistributedDataParallel keeps those of the first process.)
     for buffer in state.teacher.buffers():
         if buffer.is_floating_point():
             all_mean(buffer)

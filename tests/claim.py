@@ -463,7 +463,7 @@ def fill(text):
     blocks = {}
     finetuned = results(FILES["finetuning"])
     for name, known in (("claim", walkers), ("people", people), ("finetuning", finetuned)):
-        machines = {"{device}, torch {torch} {flags}".format(**run) for run in known.values()}
+        machines = {"- {device}, torch {torch} {flags}".format(**run) for run in known.values()}
         blocks[f"{name} machines"] = "\n".join(sorted(machines))
     blocks["claim"] = table(CLAIM, claim_rows(walkers, SEEDS["walkers"]))
     blocks["people"] = table(CLAIM, claim_rows(people, SEEDS["people"], PEOPLE))

@@ -136,6 +136,9 @@ def test_splits_are_found_and_held_out_people_are_not_learned_from(tmp_path):
     assert data.find_splits(root) == (root / "train", root / "test")
     with pytest.raises(ValueError, match="set/test.json holds people out; give .*/set"):
         data.find_splits(tmp_path / "all")
+    (root / "train").rmdir()
+    with pytest.raises(ValueError, match="test.json holds people out, but train/ or test/ is miss"):
+        data.find_splits(root)
 
 
 # ---------------------------------------------------------------- labels
@@ -150,6 +153,8 @@ def test_labels_make_the_round_trip_in_the_published_format(tmp_path, tree, monk
         {"file_path": FILES[3], "id": 3},
     ]
     assert data.read_labels(file, t).tolist() == [2, -1, 0, 2, 1]
+    data.write_labels(tmp_path / "nobody.json", t, np.full(5, -1))
+    assert json.loads((tmp_path / "nobody.json").read_text()) == []
 
     def stop(old, new):
         raise KeyboardInterrupt
@@ -374,6 +379,10 @@ def test_images_of_a_group_are_of_different_videos():
     # too few for a larger batch: all groups of all
     batches = data.sample_identities(labels, 2, 24, 0, 0, 1, video)
     assert sorted(batches.ravel()) == list(range(24))
+    # four of a hundred identities fill a batch, but there is more to learn from than these
+    video = np.where(np.arange(200) < 8, np.arange(200) % 2, 0)
+    batches = data.sample_identities(np.repeat(np.arange(100), 2), 2, 8, 0, 0, 25, video)
+    assert sorted(batches.ravel()) == list(range(200))
 
 
 def test_who_meets_in_a_batch_is_random():
@@ -764,6 +773,7 @@ def test_names_of_benchmarks_tell_tracklets_and_videos(tmp_path, name):
         assert frame.tolist() == [0, 200, 401, 4539, 4649, 9749, 9749, 0, 0, 9749]
     else:
         assert len(set(frame)) == len(files)  # nobody is taken to be seen together
+        assert frame.tolist() == data.shuffled(track).tolist()
     folder = names[0].split("/")[0]
     make_tree(tmp_path, [f"{folder}/._0001.jpg"])  # of macOS
     assert len(getattr(data, name)(tmp_path)[0]) == len(files)
@@ -775,6 +785,27 @@ def test_names_of_benchmarks_tell_tracklets_and_videos(tmp_path, name):
     shutil.rmtree(tmp_path / folder)
     with pytest.raises(FileNotFoundError, match="train"):
         getattr(data, name)(tmp_path)
+
+
+def test_where_times_are_not_known_tracklets_come_in_no_order():
+    track = np.repeat(np.arange(100), 3)
+    place = data.shuffled(track).reshape(100, 3)
+    # the images of a tracklet stay together and in their order
+    assert (np.diff(place) == 1).all() and sorted(place[:, 0]) == list(range(0, 300, 3))
+    assert abs(np.corrcoef(place[:, 0], np.arange(100))[0, 1]) < 0.2
+
+
+def test_all_pairs_of_training_tracklets_can_be_joined(tmp_path):
+    people = np.arange(40)
+
+    def layout(root):
+        files = np.array([f"{person}.jpg" for person in people])
+        return files, people, 0 * people, np.full(40, "video"), people, people
+
+    data.cut_benchmark(tmp_path, layout, tmp_path / "out", held=20, swap=1)
+    train, test = map(data.read_tracklets, data.find_splits(tmp_path / "out"))
+    assert np.bincount(train.track).tolist() == [2] * 10
+    assert np.bincount(test.track).tolist() == [1] * 20
 
 
 def test_a_benchmark_as_a_tracker_would_have_given_it(tmp_path, in_process):

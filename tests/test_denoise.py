@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -484,6 +485,18 @@ def test_tracklets_are_denoised_in_their_space_and_figures_tell_it(options, tmp_
     assert figures["images_kept"] == (labels >= 0).sum()
     # a line before level 1 and after each, below two others
     assert len(capsys.readouterr().out.splitlines()) == 3 + options.get("levels", 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_that_do_not_become_whole_leave_no_file(tmp_path, monkeypatch):
+    def extract(*_, out):
+        assert out.shape == (5, 8)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(D, "extract", extract)
+    with pytest.raises(KeyboardInterrupt):
+        backbone = SimpleNamespace(embed_dim=8)
+        D.extract_features(backbone, range(5), (64, 32), "cpu", 0, tmp_path / "features.npy")
     assert not list(tmp_path.iterdir())
 
 

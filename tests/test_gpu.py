@@ -145,8 +145,9 @@ def test_a_step_of_the_papers_recipe(arch, K, run, monkeypatch, capfd):
     monkeypatch.setattr(train, "load_epoch", load_epoch)
     torch.cuda.reset_peak_memory_stats()
     flags = ["--recipe", "paper", "--arch", arch, "--batch", 120, "--K", K, "--epoch_steps", 15]
-    flags += ["--size", 256, 128, "--head", 2048, 256, "--prototypes", 65536, "--log_every", 100]
-    folder = run("--identities", "true", "--tracklet_epochs", 0, "--epochs", 1, *flags)
+    flags += ["--size", 256, 128, "--local_crops", 8, "--head", 2048, 256, "--prototypes", 65536]
+    flags += ["--identities", "true", "--tracklet_epochs", 0, "--epochs", 1, "--log_every", 100]
+    folder = run(*flags)
     rate = 10 * 120 / (times[1] - times[0])
     memory = torch.cuda.max_memory_allocated() / 2**30
     with capfd.disabled():
