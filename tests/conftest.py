@@ -108,8 +108,8 @@ def in_process(monkeypatch):
             module.main()
         finally:
             if torch.distributed.is_initialized():
-                # where DistributedDataParallel is the last to let go of the processes' group, it may
-                # wait for ever for a thread that waits for Python (seen once, with torch 2.8)
+                # where DistributedDataParallel is the last to let go of the processes' group, it
+                # may wait for ever for a thread that waits for Python (seen once, with torch 2.8)
                 kept[:] = [torch.distributed.group.WORLD]
                 torch.distributed.destroy_process_group()
             for number, handler in handlers.items():

@@ -153,6 +153,9 @@ def test_at_exactly_the_thresholds():
     for video in (0, 1):
         index = [0, 0, video], [0, 0, 1], [0, 1, 2]
         assert D.denoise(np.eye(3), *index, 1.0, 1.0, paper=True).tolist() == [0, -1, 1]
+    # of radii what differs by rounding is equal
+    for less, wide in ((5e-7, 0), (2e-6, 1)):
+        assert D.noise(at(-60, 60), np.zeros(2, int), apart(60) - less, 1.0).consistency == wide
 
 
 def test_reallocate_by_hand():
@@ -222,6 +225,10 @@ def test_tracklets_are_cut_where_the_person_changes_and_nowhere_else():
     cut = D.cut_tracklets(features, track, 0.5)
     assert cut.tolist() == [0, 0, 0, 3, 3, 5, 6, 6, 6]
     assert D.cut_tracklets(features, track, 1.8).tolist() == [0] * 6 + [6] * 3
+    # it is sigma_drm that counts
+    one = np.zeros(6, int)
+    cut = D.denoise(at(0, 0, 0, 60, 60, 60), one, one, np.arange(6), 2.0, 0.4, levels=1)
+    assert cut.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_rows_of_labels_leave_noise_out():
@@ -302,6 +309,16 @@ def test_only_the_nearest_links_count():
     """Each keeps the links to its nearest; 3 is nobody's, but has its own."""
     for most, want in ((1, [1, 6, 11]), (2, [1, 2, 6, 7, 11])):
         assert D.nearest_links(at(0, 1, 3, 7), 0.1, 9, most).tolist() == want  # 4 i + j
+    # ten of them: those of the first of 13 end at its tenth
+    assert {10, 11, 12} & set(D.nearest_links(at(*range(13)), 1.0, 99)) == {10}
+
+
+def test_the_edge_of_the_range_is_soft():
+    """r_s places count as much as a distance of 0.2."""
+    nobody = np.empty((2, 0), np.int64)
+    for more, want in ((0.19, [0, 1, 2]), (0.21, [0, 1, 0])):
+        got = D.merge_closest_first(at(0, 180, 40), apart(40) + more, 2, nobody)
+        assert got.tolist() == want
 
 
 # ---------------------------------------------------------------- ours: calibration and space
@@ -348,6 +365,14 @@ def test_calibration_is_its_definition(change, r_s):
     assert D.calibrate(x[keep] * 3, *index, r_s) == pytest.approx(want, abs=1e-5)
 
 
+def test_of_many_tracklets_calibration_looks_at_some_all_along():
+    """Neighbours are 2 apart in the first half, 1 in the second."""
+    n = np.arange(3000)
+    x = at(*np.where(n < 1500, 180, 90) * (n % 2))
+    found = D.distances_between_videos(x, n, n, 1)
+    assert len(found) == 2 * 1000 - 2 and found.mean() == pytest.approx(1.5, abs=0.01)
+
+
 def literal_space(x, video, track):
     """The whole space in memory: (N, most 512 and half the tracklets) unit rows."""
     N, d = x.shape
@@ -382,6 +407,12 @@ def test_the_space_is_its_definition():
     # without either, only the mean of all is taken off
     space = D.fit_space(x, *index[:2], center=False, whiten=False)
     assert D.place(x, *index, space) == pytest.approx(D.unit(x - x.mean(0)), abs=1e-5)
+
+
+def test_the_space_has_512_directions_at_most():
+    x = np.random.default_rng(0).standard_normal((1100, 520))
+    space = D.fit_space(x, np.zeros(1100, int), np.arange(1100))
+    assert space.matrix.shape == (520, 512)
 
 
 @pytest.mark.parametrize("N, d", [(1, 4), (2, 3), (6, 100), (40, 5)])
@@ -486,6 +517,15 @@ def test_tracklets_are_denoised_in_their_space_and_figures_tell_it(options, tmp_
     # a line before level 1 and after each, below two others
     assert len(capsys.readouterr().out.splitlines()) == 3 + options.get("levels", 3)
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_show_those_of_most_videos_first(monkeypatch):
+    monkeypatch.setattr(D, "Images", lambda tracklets, size: [(255 * i, i) for i in range(6)])
+    sheets = []
+    monkeypatch.setattr(D, "write_pictures", lambda *arguments: sheets.append(arguments))
+    tracklets = SimpleNamespace(video=np.array([0, 0, 0, 1, 1, 2]))
+    D.show_identities("file", tracklets, np.array([1, -1, 0, 0, 1, 1]), columns=3)
+    assert sheets == [("file", [0, 4, 5, 2, 2, 3], 3)]
 
 
 def test_features_that_do_not_become_whole_leave_no_file(tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ def test_the_whole_chain_leaves_what_it_promises(finished, few):
         assert (folder / name).stat().st_size > 500, name
     for word in ("data", "network", "step", "cross video", "evaluate", "result"):
         assert word in output
+    assert not list(folder.glob(".*"))
     found = events(folder, "evaluate")
     assert [event["stage"] for event in found] == ["random", "tracklet", "round 1", "cion"]
     for event in found:
@@ -61,10 +62,11 @@ def test_the_whole_chain_leaves_what_it_promises(finished, few):
 
 def test_evaluate_gives_the_same_number_again(finished, few, in_process, capsys):
     folder, _ = finished
-    in_process("evaluate.py", "--weights", folder / "last.pt", "--data", few, "--workers", 0)
     last = events(folder, "evaluate")[-1]
-    output = capsys.readouterr().out
-    assert f"{last['mAP']:.1%}" in output and f"{last['R1']:.1%}" in output
+    for flags in (["--data", few], ["--data", few / "test", "--labels", few / "test.json"]):
+        in_process("evaluate.py", "--weights", folder / "last.pt", *flags, "--workers", 0)
+        output = capsys.readouterr().out
+        assert f"{last['mAP']:.1%}" in output and f"{last['R1']:.1%}" in output
 
 
 def test_denoise_alone_and_its_features_again(
@@ -89,6 +91,12 @@ def test_denoise_alone_and_its_features_again(
     assert capsys.readouterr().out.split() == [t.path(i) for i in range(len(t))]
     with pytest.raises(ValueError, match="exists already"):
         in_process("denoise.py", *flags, "--out", "a.json")
+    Path("d.jpg").touch()
+    with pytest.raises(ValueError, match="d.jpg: exists already"):
+        in_process("denoise.py", *flags, "--out", "d.json")
+    Path("d.jpg").unlink()
+    with pytest.raises(ValueError, match="--out d.jpg: expected a name that ends in .json"):
+        in_process("denoise.py", *flags, "--out", "d.jpg")
     with pytest.raises(ValueError, match="a.features.npy: features of an earlier .*--features"):
         in_process("denoise.py", "--data", few, "--weights", weights, "--out", "a.json")
     features = np.load("a.features.npy").astype(np.float32)
@@ -105,6 +113,8 @@ def test_denoise_alone_and_its_features_again(
     ):
         with pytest.raises(ValueError, match=words):
             in_process("denoise.py", *flags, "--features", name, "--out", "d.json")
+    monkeypatch.setenv("RANK", "1")  # of several processes the first one denoises
+    in_process("denoise.py", *flags, "--out", "d.json")
     assert not list(tmp_path.glob("d*")) and not list(tmp_path.glob(".*"))
 
 
@@ -122,6 +132,7 @@ def test_labels_and_weights_replace_stages(finished, few, tmp_path):
         found = events(run_folder, "evaluate")
         assert [event["stage"] for event in found] == stages
         assert {event["stage"] for event in events(run_folder, "train")} == {"cion"}
+    assert found[0]["mAP"] == events(folder, "evaluate")[-1]["mAP"]  # the end's weights
 
 
 def test_two_processes_denoise_as_one(finished, few, in_process, tmp_path):
@@ -173,11 +184,12 @@ class WithoutBatchStatistics(torch.nn.Module):
 
 
 def test_two_processes_equal_one_even_when_one_is_killed(few, tmp_path, run, monkeypatch):
-    flags = "--identities true --tracklet_epochs 0 --K 4 --epochs 1 --epoch_steps 6 --save_every 2"
+    flags = "--tracklet_epochs 0 --K 4 --epochs 1 --epoch_steps 6 --save_every 2 --r_s 20"
     flags += " --no-head_norm --centering ema --lr 1e-2"
     with monkeypatch.context() as patch:
         patch.setattr(train, "build", lambda arch: WithoutBatchStatistics())
-        one = checkpoint(run(*flags.split()))
+        folder = run(*flags.split())
+    one = checkpoint(folder)
     (tmp_path / "driver.py").write_text(DRIVER.format(paths=PATHS, make_views="make_views"))
     command = [*TWO, "--max-restarts=1", tmp_path / "driver.py", "--data", few, *TINY]
     command += [*flags.split(), "--name", "two"]
@@ -186,6 +198,9 @@ def test_two_processes_equal_one_even_when_one_is_killed(few, tmp_path, run, mon
     assert result.returncode == 0, result.stdout + result.stderr
     assert "resume" in result.stdout and "at step 2" in result.stdout
     two = checkpoint(tmp_path / "runs" / "two")
+    assert torch.equal(two["labels"], one["labels"])
+    losses = [events(name, "train")[-1]["loss"] for name in (folder, tmp_path / "runs" / "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=4e-6)
     for name in ("student", "teacher"):
         for key, value in one[name].items():
             torch.testing.assert_close(two[name][key], value, atol=1e-5, rtol=0)

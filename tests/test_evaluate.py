@@ -249,6 +249,9 @@ def test_market_1501(tmp_path):
     assert benchmark.query.tolist() == [0, 1] and benchmark.gallery.tolist() == [2, 3, 4, 5]
     assert benchmark.images.path(5) == "bounding_box_test/0003_c13s3_064744_04.jpg"
     assert str(benchmark).endswith("\ngallery: 4 images, 3 identities, 3 cameras")
+    (tmp_path / benchmark.images.path(0)).write_bytes(b"no image")  # nobody's takes its place
+    with pytest.raises(ValueError, match="query/0001_c1s1_001051_00.jpg: cannot be read"):
+        data.Images(benchmark.images, (16, 8))[0]
 
 
 @pytest.mark.parametrize("folder", ["test", "mask_test_v2"])
@@ -347,7 +350,8 @@ def test_labelled_tracklets_have_two_queries_of_each_person_and_video(walkers):
     benchmark = evaluate.read_benchmark(walkers)
     tracklets = data.read_tracklets(walkers / "test")
     labels = data.read_labels(walkers / "test.json", tracklets)
-    assert len(benchmark.gallery) == len(tracklets) and (labels < 0).any()
+    assert len(benchmark.gallery) == len(tracklets)
+    assert set(benchmark.ids[labels < 0]) == {labels.max() + 1}  # distractors, not junk
     for person in range(labels.max() + 1):
         for video in np.unique(tracklets.video[labels == person]):
             seen = np.flatnonzero((labels == person) & (tracklets.video == video))

@@ -142,6 +142,7 @@ def test_a_step_is_sgds_and_biases_learn_twice_as_fast(finetune, monkeypatch):
     monkeypatch.setattr(train, "finetuning_lr", lambda *_: 0.1)
     after = checkpoint(finetune("--epochs", 1, "--epoch_steps", 1))["student"]
     assert not after["neck.bias"].any()
+    assert after["backbone.bn1.num_batches_tracked"] == 1  # in training mode, after a measurement
     for name, gradient in seen["gradient"].items():
         if gradient is not None:
             rate = 0.2 if name.endswith("bias") else 0.1
@@ -232,19 +233,35 @@ def test_network_size_and_recipe_are_the_checkpoints_unless_given(pretrained, tm
 
 def test_so_many_people_have_labels(few, finetune, given_to):
     given = given_to(data, "sample_identities")
-    finetune("--labels_share", 0.5, "--epochs", 1)
+    drawn = given_to(train, "generator_of")
+    learned = given_to(train, "supervised_loss")
+    finetune("--labels_share", 0.5, "--epochs", 1, "--seed", 1)
     _, truth = data.read_training(few)
-    labels = given[0][0]
+    labels, *_, seed, epoch, steps = given[0]
+    assert (seed, epoch, steps) == (1, 0, (labels >= 0).sum() // 16)
+    assert drawn == [[1, step] for step in range(steps)]
+    batches = data.sample_identities(*given[0])
+    assert [people.tolist() for _, _, people in learned] == labels[batches].tolist()
     assert set(labels) == {-1, 0, 1, 2}
     for label in range(3):
         people = truth[labels == label]
         assert len(set(people)) == 1 and len(people) == (truth == people[0]).sum()
     with pytest.raises(ValueError, match="images of other names, number or labels"):
-        finetune("--labels_share", 1, "--epochs", 1)
-    finetune("--labels_share", 0.1, "--epochs", 1, "--name", "fewer")  # two people are the least
+        finetune("--labels_share", 1, "--epochs", 1, "--seed", 1)
+    # two people are the least
+    finetune("--labels_share", 0.1, "--epochs", 1, "--seed", 1, "--name", "fewer")
     fewer = given[-1][0]
     assert set(fewer) == {-1, 0, 1}
     assert (fewer == np.where(labels < 2, labels, -1)).all()
+
+
+def test_a_seed_draws_whose_labels_are_used(few, one_process):
+    drawn = set()
+    for seed in "0123":
+        flags = ["--finetune", str(few), "--labels_share", "0.5", "--seed", seed]
+        _, labels, _ = train.read_people(train.parse_settings(flags))
+        drawn.add(tuple(labels))
+    assert len(drawn) == 4
 
 
 @pytest.fixture

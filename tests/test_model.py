@@ -111,8 +111,31 @@ def test_ibn_normalises_each_image_in_one_half_and_the_batch_in_the_other():
 
 
 def test_a_residual_block_starts_as_its_shortcut():
-    x = torch.randn(2, 32, 8, 4)
-    assert torch.equal(model.build("r10ibn").layer1(x), F.relu(x))
+    for arch, n, width, last in (("r10ibn", 0, 32, "bn2"), ("r50ibn", 1, 256, "bn3")):
+        block = model.build(arch).layer1[n]
+        x = torch.randn(2, width, 8, 4)
+        assert torch.equal(block(x), F.relu(x))
+        assert not getattr(block, last).weight.any()  # a zero before it would never be unlearned
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_a_resnet_is_torchvisions_but_for_its_last_stride(arch):
+    original = torchvision.models.get_model(arch).eval()
+    original.fc = nn.Identity()
+    for module in original.layer4[0].modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = 1
+    network = model.build(arch).eval()
+    network.load_state_dict(original.state_dict())
+    images = torch.randn(2, 3, 64, 32)
+    torch.testing.assert_close(network(images), original(images))
+
+
+def test_layers_start_from_the_papers_distributions():
+    for layer in (model.Head(64, 9).mlp[2], model.build("vit_tiny").blocks[3].mlp.fc1):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02) and not layer.bias.any()
+    kernel = model.build("r50ibn").conv1.weight  # of 64 channels, 7 x 7
+    assert kernel.std().item() == pytest.approx((2 / 64 / 49) ** 0.5, rel=0.05)
 
 
 def test_a_transformer_block_is_the_textbook_formula():
@@ -133,7 +156,10 @@ def test_a_vit_adds_positions_of_the_inputs_grid():
     stem = vit.patch_embed
     images = torch.randn(2, 3, 64, 32)
     grid = vit.pos_embed[:, 1:].reshape(1, 16, 8, 192).permute(0, 3, 1, 2)
-    tokens = stem.proj(stem.conv(images)) + F.interpolate(grid, size=(4, 2), mode="bicubic")
+    x = images
+    for n in (0, 3, 6):
+        x = F.relu(stem.conv[n + 1](stem.conv[n](x)))
+    tokens = stem.proj(x) + F.interpolate(grid, size=(4, 2), mode="bicubic")
     first = vit.cls_token + vit.pos_embed[:, :1]
     x = torch.cat([first.expand(2, 1, 192), tokens.flatten(2).mT], dim=1)
     torch.testing.assert_close(vit(images), vit.norm(vit.blocks(x))[:, 0])
@@ -151,11 +177,14 @@ def test_the_head_is_a_cosine_in_float32():
     cosines = torch.cosine_similarity(z.double()[:, None], head.last_layer.weight.double(), dim=-1)
     assert z.dtype == torch.bfloat16 and logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), cosines, atol=1e-6, rtol=0)
+    head = model.Head(16, prototypes=10, hidden=8, bottleneck=4, batch_norm=True)
+    assert head.mlp(features).mean(0).abs().max() < 1e-5 and len(list(head.parameters())) == 7
 
 
 def test_images_are_normalised_by_imagenets_statistics():
     images = torch.rand(2, 3, 4, 5)
-    want = torchvision.transforms.functional.normalize(images, model.MEAN, model.STD)
+    preset = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
+    want = torchvision.transforms.functional.normalize(images, preset.mean, preset.std)
     assert torch.equal(model.normalize(images), want)
 
 
@@ -326,6 +355,9 @@ def test_a_vit_takes_the_blocks_of_timms_and_dinos_but_not_the_stem(tmp_path):
     report = model.load_weights(target, tmp_path / "dino.pth")
     assert report["missing"] == [name for name in source if "patch_embed" in name]
     assert torch.equal(target.blocks[7].attn.qkv.weight, source["blocks.7.attn.qkv.weight"])
+    tiny = model.build("vit_tiny").state_dict()
+    tiny = {name: value for name, value in tiny.items() if "patch_embed" not in name}
+    assert "has only 86% of this network" in refused(tiny, "vit_tiny", tmp_path / "tiny.pth")
 
 
 @pytest.mark.parametrize("height, width", [(14, 14), (24, 24), (24, 8)])

@@ -21,6 +21,8 @@ import train
 def test_recipes_and_flags_that_override_them():
     demo = train.parse_settings([])
     assert (demo.recipe, demo.size, demo.local_size) == ("demo", (64, 32), (32, 16))
+    for kind in train.view_kinds(demo):
+        assert (kind.size, kind.jitter, kind.grey_p) == ((64, 32), (0.2, 0.2, 0, 0), 0)
     people = train.parse_settings(["--data", "my/set", "--recipe", "people", "--arch", "r10ibn"])
     assert (people.size, people.K, people.jitter) == ((64, 32), (2,), (0.4, 0.4, 0.2, 0.1))
     paper = train.parse_settings(["--data", "my/set"])
@@ -29,7 +31,8 @@ def test_recipes_and_flags_that_override_them():
     mine = train.parse_settings(flags.split())
     assert (mine.K, mine.epochs, mine.lr, mine.head_norm) == ((2, 4), (1, 3), 1e-3, False)
     assert (mine.batch, mine.rounds, mine.name) == (64, 3, "walkers-r10ibn")
-    assert train.parse_settings(["--identities", "instance"]).K == (1, 1)
+    other = train.parse_settings(["--identities", "instance", "--seed", "3"])
+    assert (other.K, other.name) == ((1, 1), "walkers-3-r50ibn-instance")
 
 
 def test_the_defaults_are_the_papers_recipe():
@@ -38,6 +41,7 @@ def test_the_defaults_are_the_papers_recipe():
     assert (s.K, tuple(np.cumsum(s.epochs)), s.batch) == ((2, 4, 6, 8), (40, 60, 80, 100), 120 * 8)
     assert (s.prototypes, s.head, s.student_temp, s.teacher_temp) == (65536, (2048, 256), 0.1, 0.04)
     assert (s.centering, s.loss, s.lr, s.warmup, s.ema) == ("ema", "paper", 5e-4, 0.1, (0.996, 1))
+    assert (s.tracklet_epochs, s.rounds, s.freeze_last, s.grey, s.r_s) == (20, 2, 1, 0.2, 1000)
     first, second, *local = train.view_kinds(s)
     assert (first.scale, first.ratio) == ((0.8, 1.0), (0.4, 0.6))
     assert first.jitter == (0.4, 0.4, 0.2, 0.1)
@@ -66,6 +70,8 @@ def test_every_setting_has_a_line_of_help(capsys):
     ("--K 2 4 --epochs 1", "give each phase its epochs"),
     ("--K 0 --epochs 1", "--K 0: expected a number, 1 to inf"),
     ("--identities true --labels x.json", "goes without --labels"),
+    ("--identities true --weights x.pt", "goes without --labels and --weights"),
+    ("--local_scale 0.8 0.05", "expected the smaller share first"),
     ("--sigma_cst 3", "expected a number, 0 to 2"),
     ("--sigma_drm nan", "expected a number, 0 to 2"),
     ("--local_scale 0.05 1.5", "expected a number, 0.01 to 1"),
@@ -294,6 +300,35 @@ def test_a_collapse_shows_in_every_line_and_is_named_once(run, capsys):
     assert all(event["entropy"] > 0.99 * math.log(32) for event in events(folder, "train"))
 
 
+# ---------------------------------------------------------------- two processes
+
+
+def one_of_two(rank, folder):
+    os.chdir(folder)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    train.signals[:] = [signal.SIGTERM] * rank
+    assert train.asked_to_stop()
+    norm = torch.nn.BatchNorm1d(2)
+    norm.running_mean.fill_(rank)
+    optimizer = torch.optim.SGD(norm.parameters())
+    state = train.State(norm, norm, optimizer, torch.zeros(1), "", step=7)
+    s = train.Settings(name="run")
+    train.save(state, s)
+    assert (norm.running_mean == 0.5).all()
+    os.chdir(("runs", folder)[rank])  # here the second one has the file, the first one has not
+    state.step = 0
+    with pytest.raises(ValueError, match="expected a file system that all processes share"):
+        train.start(state, s, None)
+
+
+def test_processes_share_signals_statistics_and_files(tmp_path):
+    """One is asked to stop, and both stop; a checkpoint has the mean of what they gathered."""
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
+    last = checkpoint(tmp_path / "runs" / "run")
+    assert last["teacher"]["running_mean"].tolist() == [0.5, 0.5]
+
+
 # ---------------------------------------------------------------- one step
 
 
@@ -304,14 +339,25 @@ ONE = ("--identities", "true", "--tracklet_epochs", 0, "--K", 2, "--epochs", 1)
 def test_a_step_does_what_its_schedule_says(freeze, run, monkeypatch):
     monkeypatch.setattr(train, "schedule", lambda *_: {"lr": 1e-3, "weight_decay": 0.5, "ema": 0.9})
     networks = []
+    seen = []
     make_networks = train.make_networks
+
+    def ones(network):
+        for parameter in network.parameters():
+            parameter.grad.fill_(1)
+
+    def note(module, inputs):
+        if module.training:  # not where retrieval is measured
+            seen.append(inputs[0].shape)
 
     def keep_first(*args):
         student, teacher = make_networks(*args)
+        teacher.backbone.register_forward_pre_hook(note)
         networks.append({name: p.detach().clone() for name, p in student.named_parameters()})
         return student, teacher
 
     monkeypatch.setattr(train, "make_networks", keep_first)
+    monkeypatch.setattr(train, "clip_gradients", ones)
     last = checkpoint(run(*ONE, "--epoch_steps", 1, "--freeze_last", freeze))
     for name, old in networks[0].items():
         new = last["student"][name]
@@ -323,6 +369,10 @@ def test_a_step_does_what_its_schedule_says(freeze, run, monkeypatch):
     assert (decaying["lr"], decaying["weight_decay"]) == (1e-3, 0.5)
     assert (others["lr"], others["weight_decay"]) == (1e-3, 0)
     assert len(others["params"]) == sum(p.ndim == 1 for p in networks[0].values())
+    for moments in last["optimizer"]["state"].values():  # of the gradients as they were clipped
+        torch.testing.assert_close(moments["exp_avg"], torch.full_like(moments["exp_avg"], 0.1))
+    assert seen == [(2 * 16, 3, 64, 32)]  # the teacher's, both global views
+    assert "head.mlp.5.running_mean" in last["student"]
 
 
 def test_resnets_run_in_channels_last_and_others_do_not(one_process):
@@ -334,8 +384,8 @@ def test_resnets_run_in_channels_last_and_others_do_not(one_process):
 
 def test_the_teacher_normalises_by_its_own_batch(run):
     """Features are made before the first step, in eval mode."""
-    last = checkpoint(run(*ONE, "--epoch_steps", 2))
-    assert last["teacher"]["backbone.bn1.num_batches_tracked"] == 2
+    last = checkpoint(run(*ONE, "--epoch_steps", 0, "--batch", 128))  # 305 images fill two
+    assert last["teacher"]["backbone.bn1.num_batches_tracked"] == last["step"] == 2
 
 
 def test_the_loss_is_given_what_the_settings_say(run, given_to):
@@ -387,10 +437,14 @@ def test_bfloat16_goes_the_same_way_and_a_run_goes_on_in_it(run, whole):
     np.testing.assert_allclose(losses[:3], [event["loss"] for event in steps[:3]], atol=0.05)
 
 
-def test_workers_change_nothing_and_a_seed_everything(run, whole, tmp_path):
+def test_workers_change_nothing_and_a_seed_everything(run, whole, given_to):
     assert_same_bits(checkpoint(run("--workers", 2)), whole[0])
-    other = events(run("--name", "other", "--seed", 1), "train")
-    assert len(other) == 9
+    sampled = given_to(data, "sample_identities")
+    drawn = given_to(train, "generator_of")
+    other = checkpoint(run("--name", "other", "--seed", 1))
+    assert [args[3:5] for args in sampled] == [[1, epoch] for epoch in range(3)]
+    assert drawn == [[1, step] for step in (0, *range(9))]  # the first is the picture's
+    assert other["results"]["random"] != whole[0]["results"]["random"]
 
 
 # ---------------------------------------------------------------- who teaches whom
@@ -405,6 +459,7 @@ def test_who_teaches_whom_changes_nothing_else(run, whole, few, given_to):
         given.clear()
         folder = run("--identities", who, "--name", who)
         assert len(given) == 3 and all(np.array_equal(args[0], labels) for args in given)
+        assert all(np.array_equal(args[6], t.video) for args in given)
         assert [event["stage"] for event in events(folder, "evaluate")] == ["random", who]
         for event, other in zip(events(folder, "train"), whole[1], strict=True):
             assert event["K"] == (1 if who == "instance" else other["K"])
@@ -443,6 +498,9 @@ def test_the_readmes_commands_can_split_their_batches(monkeypatch):
         processes = re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", launcher)
         monkeypatch.setenv("WORLD_SIZE", str(math.prod(map(int, processes))))
         train.parse_settings(flags.split())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--batch 28 over 2 processes is not a multiple of K=4"):
+        train.parse_settings("--batch 28 --K 4 --epochs 1".split())
 
 
 def test_only_sizes_of_views_that_are_made_are_tried(one_process, given_to):
