@@ -681,9 +681,9 @@ def market(root):
     return files, person, camera, video, track, time
 
 
-def shuffled(track):
-    """Numbers in a video of images (N,) whose times are not known, each its own: tracklets come in
-    random order, for that of the files' names would be by person, which denoising must not see."""
+def frames_in_no_order(track):
+    """Frames (N,), all different, of images whose times are not known: the tracklets in random
+    order. That of the files' names is by person, and would tell denoising who is who."""
     place = np.random.default_rng(0).permutation(track.max() + 1)
     return np.argsort(place[track], kind="stable").argsort()
 
@@ -701,7 +701,7 @@ def msmt17(root):
     places = zip(date, hour, camera)
     video = np.array(["date_%04d/part_%d/camera_%02d" % place for place in places])
     track = number_columns(person, camera, date, hour, tracklet)
-    return files, person, camera, video, track, shuffled(track)
+    return files, person, camera, video, track, frames_in_no_order(track)
 
 
 def mars(root):
@@ -711,7 +711,7 @@ def mars(root):
     person, camera, tracklet = np.array(names)[:, :3].astype(int).T
     video = np.char.mod("camera_%d", camera)
     track = number_columns(person, camera, tracklet)
-    return files, person, camera, video, track, shuffled(track)
+    return files, person, camera, video, track, frames_in_no_order(track)
 
 
 def read_training(root):
@@ -794,6 +794,7 @@ def track_video(random, video, crowd, frames, noise, switches):
     """The walks in one video, frames[0] to frames[1] boxes a person, in tracks with faults."""
 
     def start(track, person, length):
+        """So many boxes of a person in one track, from a random frame on."""
         walk = np.recarray(length, BOX)
         walk.video = video
         walk.track = track
@@ -854,6 +855,7 @@ def draw_looks(random, people):
     """What people look like: a dict of arrays, one row a person; colours are (people, 3, 1, 1)."""
 
     def colour(low=0.03, high=0.97, channels=3):
+        """A random colour for each person or, with one channel, a number."""
         drawn = random.uniform(low, high, (people, channels, 1, 1))
         return drawn.astype(np.float32)
 
@@ -903,6 +905,7 @@ def draw_boxes(random, looks, cameras, boxes):
     scene, gain, gamma = cameras
 
     def uniform(low, high, channels=1):
+        """A random number, or three, for each box: (n, channels, 1, 1)."""
         drawn = random.uniform(low, high, (n, channels, 1, 1))
         return drawn.astype(np.float32)
 
@@ -988,6 +991,7 @@ def draw_person(image, x, y, scale, box, look):
         limb(look.skin, hand, 0.51, hand, 0.52, 0.018, 0.018)
 
     def leg(s):
+        """On one side, s = -1 or 1."""
         hip = 0.045 * s * wide
         knee = hip + 0.6 * s * stride
         foot = hip + s * stride
@@ -998,6 +1002,7 @@ def draw_person(image, x, y, scale, box, look):
         limb(look.shoes, foot, 0.96 - lift, toe, 0.965 - lift, 0.022, 0.02)
 
     def backpack():
+        """Behind the body, or before it where the person is seen from behind."""
         limb(look.bag_colour, -0.09 * side, 0.27, -0.09 * side, 0.38, 0.06, 0.065)
 
     if look.bag == 1 and front > -0.3:

@@ -293,8 +293,8 @@ def level_by_level(features, index, sigmas, r_s, paper=False, levels=3, without=
         frame = np.arange(len(frame))
     level1 = np.empty_like(track)
     level2 = np.empty_like(track)
-    # One video is in memory at a time. Its identities need numbers that no other video has: of the
-    # places of its images in the sequence there are enough.
+    # One video is in memory at a time. Its identities are numbered by places that its images have
+    # in the sequence: no other video has these.
     for places in rows_of(video[sequence]):
         rows = sequence[places]
         x = unit(features[rows])

@@ -393,7 +393,7 @@ def match_weights(file, own, state):
 def load_weights(model, file):
     """Load backbone weights from our checkpoints, the authors' release, ImageNet's of IBN-Net,
     torchvision and timm, or DINO's; a ViT takes the blocks of timm's and DINO's, not the stem
-    (of vit_tiny that is too large a part: 14%).
+    (which is 14% of vit_tiny: refused).
     Returns {"matched", "missing", "left_over"}, lists of names. Raises ValueError, leaving the
     model as it was, where less than 90% of its weights are found under their name and in their
     shape, one is not finite, or positions are of a grid that is not known."""

@@ -336,7 +336,9 @@ def test_a_worker_that_fails_ends_the_process(tree, fault):
                 [one for one in multiprocessing.active_children() if one is not child][0].kill()"""
     command = [sys.executable, "-c", script]
     ended = subprocess.run(command, cwd=data.__file__[:-8], timeout=60, capture_output=True)
-    assert ended.returncode == 1 and said in ended.stderr
+    lines = ended.stderr.splitlines()
+    # where a worker is killed, the others may say that they lost the connection
+    assert ended.returncode == 1 and said in (lines[-1] if fault == "raises" else ended.stderr)
     assert (tree / "done").exists()
 
 
@@ -791,7 +793,7 @@ def test_names_of_benchmarks_tell_tracklets_and_videos(tmp_path, name):
         assert frame.tolist() == [0, 200, 401, 4539, 4649, 9749, 9749, 0, 0, 9749]
     else:
         assert len(set(frame)) == len(files)  # nobody is taken to be seen together
-        assert frame.tolist() == data.shuffled(track).tolist()
+        assert frame.tolist() == data.frames_in_no_order(track).tolist()
     folder = names[0].split("/")[0]
     make_tree(tmp_path, [f"{folder}/._0001.jpg"])  # of macOS
     assert len(getattr(data, name)(tmp_path)[0]) == len(files)
@@ -807,7 +809,7 @@ def test_names_of_benchmarks_tell_tracklets_and_videos(tmp_path, name):
 
 def test_where_times_are_not_known_tracklets_come_in_no_order():
     track = np.repeat(np.arange(100), 3)
-    place = data.shuffled(track).reshape(100, 3)
+    place = data.frames_in_no_order(track).reshape(100, 3)
     # the images of a tracklet stay together and in their order
     assert (np.diff(place) == 1).all() and sorted(place[:, 0]) == list(range(0, 300, 3))
     assert abs(np.corrcoef(place[:, 0], np.arange(100))[0, 1]) < 0.2
